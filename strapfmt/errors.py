@@ -1,0 +1,171 @@
+"""Every exception strapfmt raises on purpose.
+
+::
+
+    StrapfmtError
+    ├── FormatError (ValueError)              bytes on disk are not what the specification says
+    │   ├── CorruptError                      a checksum, length or Arrow check failed
+    │   └── UnsupportedError                  a newer version, an unknown codec that must be understood
+    ├── DatasetExistsError (FileExistsError)  the path is taken
+    ├── DatasetNotFoundError (FileNotFoundError)
+    ├── DatasetChangedError (RuntimeError)    a live writer moved on: call refresh()
+    ├── WriterConflictError (RuntimeError)    two writers claimed one rank
+    ├── WriterClosedError (RuntimeError)      used after close, or after a failure
+    ├── SiteNotFoundError (LookupError)       no such site, with near misses
+    ├── RowNotFoundError (LookupError)        a row id that this site does not hold
+    ├── ViewError (ValueError)                a zero-copy view was demanded and cannot be given
+    ├── ArgumentError (ValueError)            an argument is wrong
+    ├── QueryError (ValueError)               SQL was refused or failed
+    ├── MissingExtraError (ImportError)       an optional package is not installed
+    └── CaptureError (RuntimeError)
+        ├── SiteNeverFiredError               a requested site produced nothing
+        ├── CompiledModelError                hooks are silent under torch.compile
+        ├── RingFullError                     `on_full="raise"` and the ring is full
+        └── DrainError                        the writing side failed; the cause is chained
+"""
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "ArgumentError",
+    "CaptureError",
+    "CompiledModelError",
+    "CorruptError",
+    "DatasetChangedError",
+    "DatasetExistsError",
+    "DatasetNotFoundError",
+    "DrainError",
+    "FormatError",
+    "MissingExtraError",
+    "QueryError",
+    "RingFullError",
+    "RowNotFoundError",
+    "SiteNeverFiredError",
+    "SiteNotFoundError",
+    "StrapfmtError",
+    "UnsupportedError",
+    "ViewError",
+    "WriterClosedError",
+    "WriterConflictError",
+    "near_misses",
+]
+
+
+class StrapfmtError(Exception):
+    """Root of everything raised on purpose."""
+
+
+class FormatError(StrapfmtError, ValueError):
+    """Bytes on disk do not follow the specification.
+
+    Attributes
+    ----------
+    problems : list of str
+        Every problem found, each with its place.
+    """
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        self.problems = list(problems) or [message]
+        super().__init__(message)
+
+
+class CorruptError(FormatError):
+    """A checksum, a length or Arrow's own validation failed."""
+
+
+class UnsupportedError(FormatError):
+    """Written by a newer format, or with a part this version must but cannot understand."""
+
+
+class DatasetExistsError(StrapfmtError, FileExistsError):
+    """Something is already stored at this path (or at this rank of it)."""
+
+
+class DatasetNotFoundError(StrapfmtError, FileNotFoundError):
+    """No dataset at this path."""
+
+
+class DatasetChangedError(StrapfmtError, RuntimeError):
+    """A live writer replaced a file this reader had not opened yet: call `refresh()`."""
+
+
+class WriterConflictError(StrapfmtError, RuntimeError):
+    """Another writer holds this rank of the dataset."""
+
+
+class WriterClosedError(StrapfmtError, RuntimeError):
+    """The writer was closed, or stopped after a failure that is chained as the cause."""
+
+
+class SiteNotFoundError(StrapfmtError, LookupError):
+    """No such site; `near` holds the closest names."""
+
+    def __init__(self, site: str, stored: Iterable[str], where: str = "this dataset") -> None:
+        self.site, self.stored = site, list(stored)
+        self.near = near_misses(site, self.stored)
+        hint = f"; did you mean {', '.join(map(repr, self.near))}?" if self.near else ""
+        shown = ", ".join(self.stored[:8]) + (f", ... ({len(self.stored)} in all)" if len(self.stored) > 8 else "")
+        super().__init__(f"no site {site!r} in {where}{hint} There are: {shown or 'none'}")
+
+
+class RowNotFoundError(StrapfmtError, LookupError):
+    """Row ids that a site does not hold; `missing` lists the first of them."""
+
+    def __init__(self, site: str, missing: Iterable[int]) -> None:
+        self.site, self.missing = site, list(missing)
+        shown = ", ".join(map(str, self.missing[:5]))
+        super().__init__(
+            f"site {site!r} holds no row {shown}"
+            f"{' ...' if len(self.missing) > 5 else ''} ({len(self.missing)} of the rows asked for are missing); "
+            "take() wants row ids as in the `row` column, use site[i:j] for ordinals"
+        )
+
+
+class ViewError(StrapfmtError, ValueError):
+    """A view without a copy was demanded, and the stored layout cannot give one."""
+
+
+class ArgumentError(StrapfmtError, ValueError):
+    """An argument is wrong; the message says what was expected."""
+
+
+class QueryError(StrapfmtError, ValueError):
+    """SQL was refused or failed."""
+
+
+class MissingExtraError(StrapfmtError, ImportError):
+    """An optional package is missing; the message names the extra to install."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        self.package, self.extra = package, extra
+        super().__init__(f"{purpose} needs the package {package!r}: pip install 'strapfmt[{extra}]'")
+
+
+class CaptureError(StrapfmtError, RuntimeError):
+    """Capturing failed."""
+
+
+class SiteNeverFiredError(CaptureError):
+    """A requested site produced no activation during the whole capture."""
+
+    def __init__(self, sites: Iterable[str], why: str) -> None:
+        self.sites = list(sites)
+        super().__init__(f"requested but never produced: {', '.join(self.sites)}; {why}")
+
+
+class CompiledModelError(CaptureError):
+    """The model is compiled, where hooks would be silent."""
+
+
+class RingFullError(CaptureError):
+    """The ring buffer is full and `on_full="raise"` was asked for."""
+
+
+class DrainError(CaptureError):
+    """The side that writes failed; the original exception is chained as the cause."""
+
+
+def near_misses(name: str, known: Iterable[str], n: int = 3) -> list[str]:
+    """Return up to `n` of `known` that look most like `name`."""
+    return difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
