@@ -1,0 +1,98 @@
+"""Tiny random-weight Hugging Face models of each family, and a tiny real tokenizer, for all tests of capture."""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+PAD, BOS, EOS = 0, 1, 2
+VOCAB_SIZE = 101
+N_LAYERS = 2
+D_MODEL = 32
+
+_BASE: dict[str, Any] = dict(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=D_MODEL,
+    num_hidden_layers=N_LAYERS,
+    num_attention_heads=4,
+    max_position_embeddings=128,
+    pad_token_id=PAD,
+    bos_token_id=BOS,
+    eos_token_id=EOS,
+)
+_GATED: dict[str, Any] = dict(intermediate_size=48, num_key_value_heads=2)
+_EXPERTS: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "llama": _GATED,
+    "mistral": {**_GATED, "sliding_window": None},
+    "mixtral": {**_GATED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2": _GATED,
+    "qwen2_moe": {**_GATED, **_EXPERTS, "shared_expert_intermediate_size": 24},
+    "qwen3": {**_GATED, "head_dim": 8},
+    "qwen3_moe": {**_GATED, **_EXPERTS, "head_dim": 8},
+    "gemma": {**_GATED, "head_dim": 8},
+    "gemma2": {**_GATED, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8},
+    "gemma3_text": {**_GATED, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8},
+    "gpt_neox": {"intermediate_size": 48},
+    "phi": {**_GATED, "num_key_value_heads": 4},
+    "phi3": {**_GATED, "sliding_window": None},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": D_MODEL},
+    "falcon": {},
+    "bloom": {},
+    "gptj": {"rotary_dim": 4},
+    "stablelm": _GATED,
+    "cohere": _GATED,
+    "olmo": _GATED,
+    "olmo2": _GATED,
+    "starcoder2": _GATED,
+    "smollm3": _GATED,
+}
+FAMILIES: list[str] = list(_FAMILIES)
+
+
+def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """Build a causal language model of `family` with random weights, in `eval` mode.
+
+    Two layers, width 32, 101 tokens (the vocabulary of `tiny_tokenizer`), about 30,000 parameters.
+
+    Parameters
+    ----------
+    family : str
+        One of `FAMILIES`.
+    seed : int
+        The weights follow from it alone; the global random state is left as it was.
+    dtype : torch.dtype
+        Of the weights.
+    **overrides
+        Config entries; `attn_implementation` is understood as well.
+    """
+    attn_implementation = overrides.pop("attn_implementation", None)
+    config = AutoConfig.for_model(family, **{**_BASE, **_FAMILIES[family], **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+        with torch.no_grad():
+            for parameter in model.parameters():  # norms off 1, biases off 0: no two places hold equal values
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    model.generation_config.pad_token_id = PAD
+    return model.to(dtype).eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Build a tokenizer of 101 tokens: one per printable character, an unknown one, pad, bos and eos (0, 1, 2)."""
+    vocabulary = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS, "<unk>": 3}
+    for character in string.ascii_letters + string.digits + string.punctuation + " \n":
+        vocabulary[character] = len(vocabulary)
+    vocabulary["the"] = len(vocabulary)
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("the|."), behavior="isolated")
+    assert len(vocabulary) == VOCAB_SIZE
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
