@@ -10,7 +10,8 @@
     ├── DatasetNotFoundError (FileNotFoundError)
     ├── DatasetChangedError (RuntimeError)    a live writer moved on: call refresh()
     ├── WriterConflictError (RuntimeError)    two writers claimed one rank
-    ├── WriterClosedError (RuntimeError)      used after close, or after a failure
+    ├── WriterClosedError (RuntimeError)      used after close or abort
+    ├── WriteError (OSError)                  the disk refused; the cause is chained, its errno kept
     ├── SiteNotFoundError (LookupError)       no such site, with near misses
     ├── RowNotFoundError (LookupError)        a row id that this site does not hold
     ├── ViewError (ValueError)                a zero-copy view was demanded and cannot be given
@@ -46,6 +47,7 @@ __all__ = [
     "StrapfmtError",
     "UnsupportedError",
     "ViewError",
+    "WriteError",
     "WriterClosedError",
     "WriterConflictError",
     "near_misses",
@@ -95,7 +97,18 @@ class WriterConflictError(StrapfmtError, RuntimeError):
 
 
 class WriterClosedError(StrapfmtError, RuntimeError):
-    """The writer was closed, or stopped after a failure that is chained as the cause."""
+    """The writer was closed or aborted before."""
+
+
+class WriteError(StrapfmtError, OSError):
+    """Writing failed; nothing more is accepted, the last commit stays readable."""
+
+    def __init__(self, cause: BaseException) -> None:
+        message = f"writing stopped after a failure; the last commit stays readable: {type(cause).__name__}: {cause}"
+        if isinstance(cause, OSError) and cause.errno is not None:
+            super().__init__(cause.errno, message)
+        else:
+            super().__init__(message)
 
 
 class SiteNotFoundError(StrapfmtError, LookupError):

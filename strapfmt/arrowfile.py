@@ -1,0 +1,186 @@
+"""Arrow IPC bytes: record batch messages whose bodies are aligned and hashed, and the footer that seals a file."""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.ipc
+import xxhash
+
+from strapfmt import spec
+from strapfmt.codecs import Codec
+
+__all__ = ["Block", "EncodedBatch", "MessageEncoder", "digest", "trailer"]
+
+_PLACEHOLDER = b"0" * 32
+
+
+def digest(*pieces: bytes | pa.Buffer | memoryview) -> bytes:
+    """Return the xxh3-128 of `pieces` joined, as 16 bytes (big-endian, the canonical form)."""
+    state = xxhash.xxh3_128()
+    for piece in pieces:
+        state.update(piece)
+    return state.digest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedBatch:
+    """One record batch message, ready to be written.
+
+    Attributes
+    ----------
+    header : bytes
+        Continuation marker, length, and the padded flatbuffer.
+    body : tuple of buffers
+        The body in pieces; uncompressed pieces alias the arrays the batch was made of.
+    body_bytes : int
+        Sum of the pieces.
+    header_hash, body_hash : bytes
+        xxh3-128 of the two; the body's also stands in the header, so that a lone stream can be checked.
+    """
+
+    header: bytes
+    body: tuple[bytes | pa.Buffer, ...]
+    body_bytes: int
+    header_hash: bytes
+    body_hash: bytes
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the whole message."""
+        return len(self.header) + self.body_bytes
+
+
+class MessageEncoder:
+    """Encodes record batches of one schema.
+
+    Parameters
+    ----------
+    schema : pyarrow.Schema
+    codec : Codec
+    """
+
+    def __init__(self, schema: pa.Schema, codec: Codec) -> None:
+        self.schema = schema
+        self._sink = _Sink()
+        self._file = pa.PythonFile(self._sink, mode="w")
+        self._writer = pa.ipc.new_stream(self._file, schema, options=codec.options())
+        empty = pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
+        self._writer.write_batch(empty)
+        taken = b"".join(bytes(piece) for piece in self._sink.take())
+        (schema_bytes,) = struct.unpack_from("<i", taken, 4)
+        #: What every file of this schema begins with: the magic, its padding, the schema message.
+        self.prefix = spec.IPC_PREFIX + taken[: schema_bytes + 8]
+        self.prefix_hash = digest(self.prefix)
+
+    def encode(self, batch: pa.RecordBatch, *, start: int = 0, alignment: int = 8) -> EncodedBatch:
+        """Encode `batch` so that its body begins at a multiple of `alignment` when the message is written at `start`.
+
+        The room is made inside the header, by a metadata value of spaces.
+        """
+        header, body = self._pieces(batch, 0)
+        need = -(start + len(header)) % alignment
+        if need:
+            header, body = self._padded(batch, start, alignment, need)
+        body_hash = digest(*body)
+        header = header.replace(_PLACEHOLDER, body_hash.hex().encode(), 1)
+        return EncodedBatch(
+            header=header,
+            body=tuple(body),
+            body_bytes=sum(len(piece) for piece in body),
+            header_hash=digest(header),
+            body_hash=body_hash,
+        )
+
+    def header_bytes(self) -> int:
+        """Bytes of an unpadded header: the same for every batch of the schema."""
+        batch = pa.RecordBatch.from_arrays([pa.array([], field.type) for field in self.schema], schema=self.schema)
+        return len(self._pieces(batch, 0)[0])
+
+    def _padded(
+        self, batch: pa.RecordBatch, start: int, alignment: int, need: int
+    ) -> tuple[bytes, list[bytes | pa.Buffer]]:
+        for size in sorted(range(max(need - 16, 1), need + 17), key=lambda size: abs(size - need)):
+            header, body = self._pieces(batch, size)
+            if (start + len(header)) % alignment == 0:
+                return header, body
+        raise AssertionError(f"no padding of about {need} bytes aligns a header at {start} to {alignment}")
+
+    def _pieces(self, batch: pa.RecordBatch, pad: int) -> tuple[bytes, list[bytes | pa.Buffer]]:
+        metadata = {spec.BODY_HASH_KEY: _PLACEHOLDER, spec.PAD_KEY: b" " * pad}
+        self._writer.write_batch(batch, custom_metadata=metadata)
+        pieces = self._sink.take()
+        marker, length = pieces[0], pieces[1]
+        (header_bytes,) = struct.unpack("<i", bytes(length))
+        header, at = bytes(marker) + bytes(length), 2
+        while len(header) < header_bytes + 8:
+            header += bytes(pieces[at])
+            at += 1
+        return header, pieces[at:]
+
+
+class _Sink:
+    """Collects what Arrow writes, without copying the bodies."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes | pa.Buffer] = []
+
+    def write(self, data: bytes | pa.Buffer) -> int:
+        self._pieces.append(data)
+        return len(data)
+
+    def take(self) -> list[bytes | pa.Buffer]:
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Where one message lies in a file, as an Arrow footer states it."""
+
+    offset: int
+    header_bytes: int
+    body_bytes: int
+
+    def pack(self) -> bytes:
+        """The 24 bytes of Arrow's `Block` struct."""
+        return struct.pack("<qi4xq", self.offset, self.header_bytes, self.body_bytes)
+
+
+def trailer(schema: pa.Schema, blocks: Sequence[Block]) -> bytes:
+    """Return what turns a stream into a file: end of stream, footer, footer length, magic.
+
+    No body is needed: Arrow writes a file of as many empty batches, and the blocks in its footer are replaced.
+    """
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        empty = pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
+        for _ in blocks:
+            writer.write_batch(empty)
+    written = memoryview(sink.getvalue())
+    end = len(written) - len(spec.IPC_MAGIC) - 4
+    (footer_bytes,) = struct.unpack_from("<i", written, end)
+    footer = bytearray(written[end - footer_bytes : end])
+    at = _record_batches(footer)
+    (count,) = struct.unpack_from("<I", footer, at)
+    if count != len(blocks):
+        raise AssertionError(f"the footer lists {count} record batches, expected {len(blocks)}")
+    footer[at + 4 : at + 4 + 24 * count] = b"".join(block.pack() for block in blocks)
+    return spec.IPC_END + bytes(footer) + struct.pack("<i", footer_bytes) + spec.IPC_MAGIC
+
+
+def _record_batches(footer: bytearray) -> int:
+    """Return where the vector `recordBatches` (field 3 of the flatbuffer table `Footer`) begins."""
+    (table,) = struct.unpack_from("<I", footer, 0)
+    (to_vtable,) = struct.unpack_from("<i", footer, table)
+    (slot,) = struct.unpack_from("<H", footer, table - to_vtable + 4 + 2 * 3)
+    field = table + slot
+    (to_vector,) = struct.unpack_from("<I", footer, field)
+    return int(field + to_vector)

@@ -1,0 +1,186 @@
+"""How bytes reach the disk: a thread that writes in order, and files that appear whole or not at all.
+
+Everything that touches the disk on the writing side goes through one `Disk`, so that tests can fail any call or
+replay what a power loss would have left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from strapfmt import spec
+from strapfmt.errors import WriteError, WriterConflictError
+
+__all__ = ["Disk", "IoThread", "Lock"]
+
+_IOV_MAX = 512
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+class Disk:
+    """The operations a writer performs; each raises `OSError` when the system does."""
+
+    def create(self, path: Path) -> int:
+        """Create `path`, which must not exist, and return its descriptor."""
+        return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+
+    def write(self, fd: int, pieces: Sequence[bytes | memoryview], offset: int) -> None:
+        """Write all `pieces` one behind the other from `offset`."""
+        views = [memoryview(piece).cast("B") for piece in pieces if len(piece)]
+        while views:
+            written = os.pwritev(fd, views[:_IOV_MAX], offset)
+            offset += written
+            while views and written >= len(views[0]):
+                written -= len(views.pop(0))
+            if written:
+                views[0] = views[0][written:]
+
+    def start_writeback(self, fd: int, offset: int, n_bytes: int) -> None:
+        """Ask the kernel to begin writing a range out, so that a later fsync has less to wait for. Only a hint."""
+        if _sync_file_range is not None:
+            _sync_file_range(fd, offset, n_bytes, _SYNC_FILE_RANGE_WRITE)
+
+    def fsync(self, fd: int) -> None:
+        """Make what was written durable. A failure is final: the kernel marks lost pages as clean."""
+        os.fsync(fd)
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor."""
+        os.close(fd)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Replace `target` by `source` in one step."""
+        os.rename(source, target)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file that may already be gone."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+    def mkdir(self, path: Path) -> None:
+        """Create a directory, which must not exist."""
+        os.mkdir(path)
+
+    def sync_directory(self, path: Path) -> None:
+        """Make the names in a directory durable."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def publish(self, path: Path, pieces: Sequence[bytes | memoryview]) -> None:
+        """Write a whole file under a temporary name (its `pieces` joined), make it durable and give it its name.
+
+        The name itself is durable after `sync_directory` on the parent.
+        """
+        temporary = path.with_name(path.name + spec.TMP_SUFFIX)
+        self.unlink(temporary)
+        fd = self.create(temporary)
+        try:
+            self.write(fd, pieces, 0)
+            self.fsync(fd)
+        finally:
+            self.close(fd)
+        self.rename(temporary, path)
+
+
+def _find_sync_file_range() -> Callable[..., int] | None:
+    try:
+        function = ctypes.CDLL(None, use_errno=True).sync_file_range
+    except (AttributeError, OSError):
+        return None
+    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return function  # type: ignore[no-any-return]
+
+
+_sync_file_range = _find_sync_file_range()
+
+
+class IoThread:
+    """One thread that runs jobs in order; at most `limit_bytes` of them wait at a time.
+
+    The first failure stops it: every later `submit` and `wait` raises it, as `WriteError`.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._waiting_bytes = 0
+        self._n_jobs = 0
+        self._failure: BaseException | None = None
+        self._changed = threading.Condition()
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], int] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="strapfmt-io", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[], None], n_bytes: int = 0) -> None:
+        """Run `job` after all earlier ones; blocks while more than the limit waits."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure or self._waiting_bytes <= self._limit_bytes)
+            self.check()
+            self._waiting_bytes += n_bytes
+            self._n_jobs += 1
+        self._jobs.put((job, n_bytes))
+
+    def wait(self) -> None:
+        """Block until every job so far has run."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure or self._n_jobs == 0)
+            self.check()
+
+    def check(self) -> None:
+        """Raise the failure of an earlier job, if there was one."""
+        if self._failure is not None:
+            raise WriteError(self._failure) from self._failure
+
+    def stop(self) -> None:
+        """Finish what is queued and end the thread. Never raises."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (entry := self._jobs.get()) is not None:
+            job, n_bytes = entry
+            failure = None
+            if self._failure is None:
+                try:
+                    job()
+                except BaseException as error:
+                    failure = error
+            del job, entry
+            with self._changed:
+                self._failure = self._failure or failure
+                self._waiting_bytes -= n_bytes
+                self._n_jobs -= 1
+                self._changed.notify_all()
+
+
+class Lock:
+    """The claim of one writer on one rank: an advisory lock that ends with the process that holds it."""
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / spec.LOCK_NAME
+        self._fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._fd, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(self._fd)
+            raise WriterConflictError(
+                f"{directory}: {holder} is writing here; give each writer its own rank= or wait until it has closed"
+            ) from None
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Give the claim back. Safe to call twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

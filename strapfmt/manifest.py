@@ -1,0 +1,477 @@
+"""The manifest of one rank: which shards are committed, as frozen records to and from checksummed JSON."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from strapfmt import spec
+from strapfmt.arrowfile import digest
+from strapfmt.errors import ArgumentError, CorruptError, UnsupportedError
+from strapfmt.schema import SiteSpec
+
+__all__ = ["Counts", "Layout", "Manifest", "Part", "Shard", "SiteEntry", "TableEntry", "file_slug"]
+
+Json = Any
+
+LAYOUTS = ("rows", "strided", "plain")
+ROLES = ("data", "tail", "index")
+COUNTERS = ("row", "step", "sequence")
+
+_SAFE_FILE = re.compile(r"(sites|tables)/[a-z0-9][a-z0-9._~-]{0,127}/[0-9]{6}[a-z0-9.]{1,40}")
+_SAFE_SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+_HASH = re.compile(r"[0-9a-f]{32}")
+
+
+def file_slug(name: str) -> str:
+    """Return the directory name of a site: its own name where that is safe everywhere, else a readable part and a hash.
+
+    Names are data, never paths: only `a-z 0-9 . _ -` are kept, and `~` only occurs before the hash.
+    """
+    if _SAFE_SLUG.fullmatch(name) and not name.endswith("."):
+        return name
+    kept = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.")[:60]
+    return f"{kept or 'site'}~{digest(name.encode()).hex()[:16]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One file of a shard.
+
+    Attributes
+    ----------
+    role : {"data", "tail", "index"}
+        Readers ignore a role they do not know unless `must_understand`.
+    file : str
+        Path below the rank's directory.
+    codec : str
+        How the file's values are stored.
+    must_understand : bool
+        Whether a reader that does not know the role or the codec must refuse the shard.
+    n_bytes : int
+        The committed length. The file may be longer only while the shard is open.
+    hash : str
+        xxh3-128, 32 hexadecimal digits: of the bytes for an index, of the hashes in the index for data and tail.
+    """
+
+    role: str
+    file: str
+    codec: str = "none"
+    must_understand: bool = True
+    n_bytes: int
+    hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One immutable run of rows of a site or a table; `first_row` and `last_row` are None for tables."""
+
+    n_rows: int
+    first_row: int | None = None
+    last_row: int | None = None
+    is_sealed: bool
+    session: int
+    parts: tuple[Part, ...]
+
+    def part(self, role: str) -> Part | None:
+        """Return the part of this role, or None."""
+        return next((part for part in self.parts if part.role == role), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How activations lie in the data files.
+
+    Attributes
+    ----------
+    kind : {"rows", "strided", "plain"}
+        "rows": every body begins at a multiple of the row's bytes (and of 64), the file is one 2-D tensor.
+        "strided": bodies begin at multiples of 64, at a constant stride where the columns allow it. "plain": no promise.
+    batch_rows : int
+        Rows of every record batch but a shard's last; 0 where batches vary (ragged sites, tables).
+    """
+
+    kind: str = "plain"
+    batch_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Rows a site should hold, holds, and lost to a full ring."""
+
+    expected: int = 0
+    written: int = 0
+    dropped: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteEntry:
+    """One site in a manifest. `derived_from` names the sites a derived one is computed from (none in version 1)."""
+
+    spec: SiteSpec
+    layout: Layout
+    counts: Counts = Counts()
+    derived_from: tuple[str, ...] = ()
+    shards: tuple[Shard, ...] = ()
+
+    @property
+    def n_rows(self) -> int:
+        """Committed rows."""
+        return sum(shard.n_rows for shard in self.shards)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableEntry:
+    """One table in a manifest."""
+
+    name: str
+    shards: tuple[Shard, ...] = ()
+
+    @property
+    def n_rows(self) -> int:
+        """Committed rows."""
+        return sum(shard.n_rows for shard in self.shards)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What one rank has committed.
+
+    Attributes
+    ----------
+    rank : int
+    writer_id : str
+        Random, made when the rank's directory was.
+    commit : int
+        Counts from 0, the empty commit of a new rank.
+    is_clean : bool
+        Whether the writer closed; False while it runs and after a crash.
+    created_ns, committed_ns : int
+        Unix time.
+    counters : mapping
+        The next free `n` of rows, steps and sequences.
+    sessions : tuple of mappings
+        Provenance, one entry a writer that worked here (append adds one).
+    sites, tables : tuples of entries
+    optional_features : tuple of str
+        Kept, never needed.
+    """
+
+    rank: int
+    writer_id: str
+    commit: int
+    is_clean: bool
+    created_ns: int
+    committed_ns: int
+    counters: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
+    sessions: tuple[Mapping[str, Json], ...] = ()
+    sites: tuple[SiteEntry, ...] = ()
+    tables: tuple[TableEntry, ...] = ()
+    optional_features: tuple[str, ...] = ()
+
+    def encode(self) -> bytes:
+        """Return the file's bytes; the checksum of all before it comes last."""
+        body = json.dumps(_to_json(self), separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()[:-1]
+        return body + b',"hash":"' + digest(body).hex().encode() + b'"}\n'
+
+    @classmethod
+    def decode(cls, data: bytes, where: str) -> "Manifest":
+        """Check and decode a manifest.
+
+        Parameters
+        ----------
+        data : bytes
+        where : str
+            The file's name, for errors.
+
+        Raises
+        ------
+        CorruptError
+            With every problem found: the checksum first, then each wrong field by its path.
+        UnsupportedError
+            If a newer version wrote it, or it requires a feature that this reader does not have.
+        """
+        return _from_json(_checked_json(data, where), where)
+
+
+def _to_json(manifest: Manifest) -> Json:
+    return {
+        "format": spec.FORMAT_NAME,
+        "format_version": spec.FORMAT_VERSION,
+        "min_reader_version": 1,
+        "required_features": [],
+        "optional_features": list(manifest.optional_features),
+        "rank": manifest.rank,
+        "writer_id": manifest.writer_id,
+        "commit": manifest.commit,
+        "is_clean": manifest.is_clean,
+        "created_ns": manifest.created_ns,
+        "committed_ns": manifest.committed_ns,
+        "counters": dict(manifest.counters),
+        "sessions": [dict(session) for session in manifest.sessions],
+        "tables": [
+            {"name": table.name, "shards": [_shard_to_json(shard) for shard in table.shards]}
+            for table in manifest.tables
+        ],
+        "sites": [_site_to_json(site) for site in manifest.sites],
+    }
+
+
+def _site_to_json(site: SiteEntry) -> Json:
+    return {
+        "name": site.spec.name,
+        "dtype": site.spec.dtype,
+        "shape": list(site.spec.shape),
+        "row_space": site.spec.row_space,
+        "codec": site.spec.codec,
+        "statistics": list(site.spec.statistics),
+        "module_path": site.spec.module_path,
+        "hook_point": site.spec.hook_point,
+        "layout": {"kind": site.layout.kind, "batch_rows": site.layout.batch_rows},
+        "counts": {
+            "expected": site.counts.expected,
+            "written": site.counts.written,
+            "dropped": site.counts.dropped,
+        },
+        "derived_from": list(site.derived_from),
+        "shards": [_shard_to_json(shard) for shard in site.shards],
+    }
+
+
+def _shard_to_json(shard: Shard) -> Json:
+    return {
+        "n_rows": shard.n_rows,
+        "first_row": shard.first_row,
+        "last_row": shard.last_row,
+        "is_sealed": shard.is_sealed,
+        "session": shard.session,
+        "parts": [
+            {
+                "role": part.role,
+                "file": part.file,
+                "codec": part.codec,
+                "must_understand": part.must_understand,
+                "n_bytes": part.n_bytes,
+                "hash": part.hash,
+            }
+            for part in shard.parts
+        ],
+    }
+
+
+def _checked_json(data: bytes, where: str) -> Json:
+    size = spec.MANIFEST_HASH_SUFFIX_BYTES
+    if not size < len(data) <= spec.MAX_MANIFEST_BYTES:
+        raise CorruptError(f"{where}: expected {size} to {spec.MAX_MANIFEST_BYTES} bytes, got {len(data)}")
+    body, suffix = data[:-size], data[-size:]
+    if suffix != b',"hash":"' + digest(body).hex().encode() + b'"}\n':
+        raise CorruptError(
+            f"{where}: the manifest's checksum does not match its bytes; it was damaged or edited by hand, "
+            "`strapfmt repair` can rescue what the shards hold"
+        )
+    try:
+        return json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{where}: not valid JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError(f"duplicate key in {sorted(key for key, _ in pairs)[:8]}")
+    return result
+
+
+def _refuse_constant(name: str) -> Json:
+    raise ValueError(f"{name} is not JSON")
+
+
+class _Fields:
+    """Reads fields of a JSON object and gathers every problem with its path."""
+
+    def __init__(self, value: Json, path: str, problems: list[str]) -> None:
+        self.path, self.problems = path, problems
+        self.value: dict[str, Json] = value if isinstance(value, dict) else {}
+        if not isinstance(value, dict):
+            problems.append(f"{path or 'manifest'}: expected an object, got {_show(value)}")
+
+    def get(self, key: str, what: str, accept: Callable[[Json], bool], default: Json) -> Json:
+        value = self.value.get(key, _MISSING)
+        if value is not _MISSING and accept(value):
+            return value
+        self.problems.append(f"{self.at(key)}: expected {what}, got {_show(value)}")
+        return default
+
+    def at(self, key: object) -> str:
+        return f"{self.path}.{key}" if self.path else str(key)
+
+    def integer(self, key: str, low: int = 0, high: int = 1 << 62) -> int:
+        what = f"int {low}..{high}"
+        return int(self.get(key, what, lambda v: type(v) is int and low <= v <= high, low))
+
+    def boolean(self, key: str) -> bool:
+        return bool(self.get(key, "true or false", lambda v: isinstance(v, bool), False))
+
+    def text(self, key: str, choices: tuple[str, ...] = (), pattern: re.Pattern[str] | None = None) -> str:
+        what = f"one of {', '.join(choices)}" if choices else f"text like {pattern.pattern}" if pattern else "text"
+        default = choices[0] if choices else ""
+        return str(
+            self.get(
+                key,
+                what,
+                lambda v: (
+                    isinstance(v, str)
+                    and (not choices or v in choices)
+                    and (pattern is None or pattern.fullmatch(v) is not None)
+                ),
+                default,
+            )
+        )
+
+    def array(self, key: str, limit: int = 1 << 24) -> list[Json]:
+        what = f"an array of at most {limit}"
+        return list(self.get(key, what, lambda v: isinstance(v, list) and len(v) <= limit, []))
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        return tuple(
+            self.get(key, "an array of text", lambda v: isinstance(v, list) and all(type(x) is str for x in v), [])
+        )
+
+    def inner(self, key: str) -> "_Fields":
+        return _Fields(self.value.get(key, _MISSING), self.at(key), self.problems)
+
+
+class _Missing:
+    pass
+
+
+_MISSING = _Missing()
+
+
+def _show(value: Json) -> str:
+    return "nothing" if value is _MISSING else repr(value)[:80]
+
+
+def _from_json(value: Json, where: str) -> Manifest:
+    problems: list[str] = []
+    fields = _Fields(value, "", problems)
+    if fields.text("format") != spec.FORMAT_NAME and not problems:
+        problems.append(f"format: expected {spec.FORMAT_NAME!r}, got {fields.text('format')!r}")
+    needed = fields.integer("min_reader_version", 1)
+    features = fields.texts("required_features")
+    if not problems and (needed > spec.FORMAT_VERSION or features):
+        raise UnsupportedError(
+            f"{where}: needs a reader of version {needed} with {', '.join(features) or 'no features'}; this one "
+            f"knows version {spec.FORMAT_VERSION} and no features: install a newer strapfmt"
+        )
+    fields.integer("format_version", 1)
+    counters = fields.inner("counters")
+    manifest = Manifest(
+        rank=fields.integer("rank", 0, spec.MAX_RANK),
+        writer_id=fields.text("writer_id", pattern=_HASH),
+        commit=fields.integer("commit"),
+        is_clean=fields.boolean("is_clean"),
+        created_ns=fields.integer("created_ns"),
+        committed_ns=fields.integer("committed_ns"),
+        counters={name: counters.integer(name, 0, 1 << spec.COUNTER_BITS) for name in COUNTERS},
+        sessions=tuple(fields.get("sessions", "an array of objects", _are_objects, [])),
+        sites=tuple(
+            _site(_Fields(site, f"sites.{i}", problems))
+            for i, site in enumerate(fields.array("sites", spec.MAX_SITES))
+        ),
+        tables=tuple(
+            _table(_Fields(table, f"tables.{i}", problems))
+            for i, table in enumerate(fields.array("tables", len(spec.TABLES)))
+        ),
+        optional_features=fields.texts("optional_features"),
+    )
+    for kind, names in (
+        ("sites", [site.spec.name for site in manifest.sites]),
+        ("tables", [table.name for table in manifest.tables]),
+    ):
+        if len(set(names)) != len(names) and not problems:
+            problems.append(f"{kind}: expected distinct names")
+    if problems:
+        shown = "\n  ".join(problems[:20])
+        raise CorruptError(f"{where}: {len(problems)} problem(s):\n  {shown}", problems)
+    return manifest
+
+
+def _are_objects(value: Json) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+
+
+def _site(fields: _Fields) -> SiteEntry:
+    layout, counts = fields.inner("layout"), fields.inner("counts")
+    shape = fields.get(
+        "shape",
+        "an array of int",
+        lambda v: isinstance(v, list) and all(type(n) is int and -1 <= n <= spec.MAX_ROW_VALUES for n in v),
+        [],
+    )
+    values = {
+        key: fields.text(key) for key in ("name", "dtype", "row_space", "codec", "module_path", "hook_point")
+    }
+    statistics = fields.texts("statistics")
+    try:
+        site = SiteSpec(shape=tuple(shape), statistics=statistics, **values)
+    except ArgumentError as error:
+        fields.problems.append(f"{fields.path}: {error}")
+        site = SiteSpec(name="?", dtype="uint8", shape=())
+    return SiteEntry(
+        spec=site,
+        layout=Layout(kind=layout.text("kind", LAYOUTS), batch_rows=layout.integer("batch_rows", 0, 1 << 32)),
+        counts=Counts(
+            expected=counts.integer("expected"), written=counts.integer("written"), dropped=counts.integer("dropped")
+        ),
+        derived_from=fields.texts("derived_from"),
+        shards=_shards(fields, has_rows=True),
+    )
+
+
+def _table(fields: _Fields) -> TableEntry:
+    return TableEntry(name=fields.text("name", spec.TABLES), shards=_shards(fields, has_rows=False))
+
+
+def _shards(fields: _Fields, *, has_rows: bool) -> tuple[Shard, ...]:
+    shards = []
+    previous = -1
+    for i, value in enumerate(fields.array("shards", spec.MAX_SHARDS)):
+        inner = _Fields(value, f"{fields.path}.shards.{i}", fields.problems)
+        shard = _shard(inner, has_rows=has_rows)
+        if shard.first_row is not None and shard.last_row is not None:
+            if not previous < shard.first_row <= shard.last_row - shard.n_rows + 1:
+                inner.problems.append(
+                    f"{inner.path}: expected {shard.n_rows} rows after {previous}, got {shard.first_row}..{shard.last_row}"
+                )
+            previous = shard.last_row
+        shards.append(shard)
+    return tuple(shards)
+
+
+def _shard(fields: _Fields, *, has_rows: bool) -> Shard:
+    parts = []
+    for i, value in enumerate(fields.array("parts", 64)):
+        part = _Fields(value, f"{fields.path}.parts.{i}", fields.problems)
+        parts.append(
+            Part(
+                role=part.text("role"),
+                file=part.text("file", pattern=_SAFE_FILE),
+                codec=part.text("codec"),
+                must_understand=part.boolean("must_understand"),
+                n_bytes=part.integer("n_bytes"),
+                hash=part.text("hash", pattern=_HASH),
+            )
+        )
+    roles = [part.role for part in parts if part.role in ROLES]
+    if sorted(roles) != sorted(set(roles)) or not {"data", "index"} <= set(roles):
+        fields.problems.append(f"{fields.path}.parts: expected one data, one index and at most one tail, got {roles}")
+    return Shard(
+        n_rows=fields.integer("n_rows", 1),
+        first_row=fields.integer("first_row") if has_rows else None,
+        last_row=fields.integer("last_row") if has_rows else None,
+        is_sealed=fields.boolean("is_sealed"),
+        session=fields.integer("session", 0, 1 << 20),
+        parts=tuple(parts),
+    )

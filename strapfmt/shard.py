@@ -1,0 +1,269 @@
+"""Writes one shard: full record batches into an open stream, a tail at each commit, a sealed Arrow file at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from strapfmt import spec
+from strapfmt.arrowfile import Block, EncodedBatch, MessageEncoder, digest, trailer
+from strapfmt.commit import Disk, IoThread
+from strapfmt.index import BATCH_DTYPE, RUN_DTYPE, ShardIndex, find_runs
+from strapfmt.manifest import Part, Shard
+
+__all__ = ["RowBatch", "ShardWriter"]
+
+_WRITEBACK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowBatch:
+    """A record batch on its way to a shard.
+
+    Attributes
+    ----------
+    batch : pyarrow.RecordBatch
+    rows : int64 [n_rows] or None
+        Row numbers, None for tables.
+    n_values : int
+        Elements of the activation column.
+    release : callable or None
+        Called on the I/O thread once the bytes are written.
+    """
+
+    batch: pa.RecordBatch
+    rows: npt.NDArray[np.int64] | None
+    n_values: int
+    release: Callable[[], None] | None = None
+
+
+class ShardWriter:
+    """One shard of a site or a table.
+
+    Nothing is rewritten: full batches go behind one another into `NNNNNN.arrow.open`; the rows that do not fill one
+    are published at each commit as a small Arrow file of their own, the tail; sealing appends them, the footer and
+    renames the file to `NNNNNN.arrow`.
+
+    Parameters
+    ----------
+    disk, io : Disk, IoThread
+        Where and on which thread the bytes are written.
+    root : Path
+        The rank's directory.
+    directory : str
+        The shard's directory below it, which exists.
+    number : int
+    encoder : MessageEncoder
+    codec : str
+    alignment : int
+        What the offset of every body is a multiple of.
+    session : int
+    """
+
+    def __init__(
+        self,
+        *,
+        disk: Disk,
+        io: IoThread,
+        root: Path,
+        directory: str,
+        number: int,
+        encoder: MessageEncoder,
+        codec: str,
+        alignment: int,
+        session: int,
+    ) -> None:
+        self._disk, self._io, self._root = disk, io, root
+        self._stem = f"{directory}/{number:06d}"
+        self._encoder, self._codec, self._alignment, self._session = encoder, codec, alignment, session
+        self._fd = -1
+        self._offset = len(encoder.prefix)
+        self._unsynced_from = 0
+        self._entries: list[npt.NDArray[np.void]] = []
+        self._runs: list[npt.NDArray[np.void]] = []
+        self._n_runs = 0
+        self._rows_end: int | None = None
+        self._n_rows = 0
+        self._first_row: int | None = None
+        self._committed: Shard | None = None
+        #: Files that the next manifest no longer names.
+        self.superseded: list[Path] = []
+        io.submit(self._create)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the data file so far."""
+        return self._offset
+
+    @property
+    def n_rows(self) -> int:
+        """Rows in full batches so far."""
+        return self._n_rows
+
+    def append(self, batch: RowBatch) -> None:
+        """Write a record batch at the end."""
+        encoded = self._encoder.encode(batch.batch, start=self._offset, alignment=self._alignment)
+        self._entries.append(self._entry(encoded, batch, self._offset))
+        if batch.rows is not None:
+            self._add_runs(batch.rows)
+        self._n_rows += batch.batch.num_rows
+        self._write(encoded, batch.release)
+
+    def commit(self, tail: RowBatch | None, number: int) -> Shard | None:
+        """Schedule what makes the shard durable with `tail` at its end; return what the manifest says of it."""
+        n_rows = self._n_rows + (tail.batch.num_rows if tail else 0)
+        if n_rows == 0 or (self._committed and self._committed.n_rows == n_rows):
+            return self._committed
+        self._supersede()
+        stem, start, parts = f"{self._stem}.c{number}", len(self._encoder.prefix), []
+        if tail is None:
+            index = self._index(sealed=False)
+        else:
+            encoded = self._encoder.encode(tail.batch, start=start, alignment=self._alignment)
+            end = trailer(self._encoder.schema, [Block(start, len(encoded.header), encoded.body_bytes)])
+            index = self._index(sealed=False, tail=self._entry(encoded, tail, start), end=end, rows=tail.rows)
+            parts.append(self._publish_tail(stem, [self._encoder.prefix, encoded.header, *encoded.body, end], index))
+        parts.insert(0, self._data_part(spec.OPEN_SUFFIX, index.data_hash()))
+        self._io.submit(self._sync)
+        parts.append(self._publish_index(stem, index))
+        self._committed = self._record(n_rows, tail.rows if tail else None, parts, sealed=False)
+        return self._committed
+
+    def seal(self, last: RowBatch | None) -> Shard:
+        """Schedule the last batch, the footer, the final name and the index; return what the manifest says of it."""
+        if last is not None:
+            self.append(last)
+        self._supersede()
+        blocks = [(int(e["offset"]), int(e["header_bytes"]), int(e["body_bytes"])) for e in self._entries]
+        end = trailer(self._encoder.schema, [Block(*block) for block in blocks])
+        index = self._index(sealed=True, end=end)
+        offset = self._offset
+        self._offset += len(end)
+        self._io.submit(lambda: self._finish(end, offset), len(end))
+        parts = [self._data_part(spec.DATA_SUFFIX, index.data_hash()), self._publish_index(self._stem, index)]
+        return self._record(self._n_rows, None, parts, sealed=True)
+
+    def close(self) -> None:
+        """Close the descriptor, leaving the file as it is. For abort; called when no job runs."""
+        if self._fd >= 0:
+            self._disk.close(self._fd)
+            self._fd = -1
+
+    # Bookkeeping, on the caller's thread.
+
+    def _entry(self, encoded: EncodedBatch, batch: RowBatch, offset: int) -> npt.NDArray[np.void]:
+        entry = np.zeros((), BATCH_DTYPE)
+        entry["offset"], entry["header_bytes"], entry["body_bytes"] = offset, len(encoded.header), encoded.body_bytes
+        entry["n_rows"], entry["first_ordinal"] = batch.batch.num_rows, self._n_rows
+        entry["raw_bytes"], entry["n_values"] = batch.batch.nbytes, batch.n_values
+        entry["first_row"] = -1 if batch.rows is None else batch.rows[0]
+        entry["first_run"] = self._n_runs
+        entry["header_hash"], entry["body_hash"] = np.void(encoded.header_hash), np.void(encoded.body_hash)
+        return entry
+
+    def _new_runs(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
+        runs = find_runs(rows, self._n_rows)
+        return runs[1:] if self._rows_end is not None and rows[0] == self._rows_end else runs
+
+    def _add_runs(self, rows: npt.NDArray[np.int64]) -> None:
+        self._runs.append(self._new_runs(rows))
+        self._n_runs += len(self._runs[-1])
+        self._rows_end = int(rows[-1]) + 1
+        if self._first_row is None:
+            self._first_row = int(rows[0])
+
+    def _index(
+        self,
+        *,
+        sealed: bool,
+        tail: npt.NDArray[np.void] | None = None,
+        end: bytes = b"",
+        rows: npt.NDArray[np.int64] | None = None,
+    ) -> ShardIndex:
+        entries = self._entries + ([tail] if tail is not None else [])
+        runs = self._runs + ([self._new_runs(rows)] if rows is not None else [])
+        end_offset = self._offset if tail is None else int(tail["offset"] + tail["header_bytes"] + tail["body_bytes"])
+        return ShardIndex(
+            batches=np.array(entries, BATCH_DTYPE),
+            runs=np.concatenate(runs) if runs else np.empty(0, RUN_DTYPE),
+            n_rows=self._n_rows + (int(tail["n_rows"]) if tail is not None else 0),
+            prefix_bytes=len(self._encoder.prefix),
+            prefix_hash=self._encoder.prefix_hash,
+            trailer_offset=end_offset if end else 0,
+            trailer_bytes=len(end),
+            trailer_hash=digest(end) if end else bytes(16),
+            is_sealed=sealed,
+            has_tail=tail is not None,
+        )
+
+    def _record(
+        self, n_rows: int, tail_rows: npt.NDArray[np.int64] | None, parts: list[Part], *, sealed: bool
+    ) -> Shard:
+        first, end = self._first_row, self._rows_end
+        if tail_rows is not None:
+            first, end = int(tail_rows[0]) if first is None else first, int(tail_rows[-1]) + 1
+        return Shard(
+            n_rows=n_rows,
+            first_row=first,
+            last_row=None if end is None else end - 1,
+            is_sealed=sealed,
+            session=self._session,
+            parts=tuple(parts),
+        )
+
+    def _data_part(self, suffix: str, data_hash: bytes) -> Part:
+        return Part(
+            role="data", file=self._stem + suffix, codec=self._codec, n_bytes=self._offset, hash=data_hash.hex()
+        )
+
+    def _supersede(self) -> None:
+        if self._committed is not None:
+            self.superseded += [self._root / p.file for p in self._committed.parts if p.role in ("tail", "index")]
+
+    def _publish_tail(self, stem: str, pieces: list[bytes | memoryview], index: ShardIndex) -> Part:
+        file, n_bytes = stem + spec.TAIL_SUFFIX, sum(map(len, pieces))
+        self._io.submit(lambda: self._disk.publish(self._root / file, pieces), n_bytes)
+        return Part(
+            role="tail", file=file, codec=self._codec, n_bytes=n_bytes, hash=index.data_hash(tail=True).hex()
+        )
+
+    def _publish_index(self, stem: str, index: ShardIndex) -> Part:
+        data, file = index.encode(), stem + spec.INDEX_SUFFIX
+        self._io.submit(lambda: self._disk.publish(self._root / file, [data]), len(data))
+        return Part(role="index", file=file, n_bytes=len(data), hash=digest(data).hex())
+
+    def _write(self, encoded: EncodedBatch, release: Callable[[], None] | None) -> None:
+        offset = self._offset
+        self._offset += encoded.n_bytes
+
+        def job() -> None:
+            self._disk.write(self._fd, [encoded.header, *encoded.body], offset)
+            if offset + encoded.n_bytes - self._unsynced_from >= _WRITEBACK_BYTES:
+                self._disk.start_writeback(self._fd, self._unsynced_from, offset + encoded.n_bytes - self._unsynced_from)
+                self._unsynced_from = offset + encoded.n_bytes
+            if release is not None:
+                release()
+
+        self._io.submit(job, encoded.n_bytes)
+
+    # Jobs, on the I/O thread.
+
+    def _create(self) -> None:
+        self._fd = self._disk.create(self._root / (self._stem + spec.OPEN_SUFFIX))
+        self._disk.write(self._fd, [self._encoder.prefix], 0)
+
+    def _sync(self) -> None:
+        self._disk.fsync(self._fd)
+
+    def _finish(self, end: bytes, offset: int) -> None:
+        self._disk.write(self._fd, [end], offset)
+        self._disk.fsync(self._fd)
+        self._disk.close(self._fd)
+        self._fd = -1
+        name = self._root / self._stem
+        self._disk.rename(name.with_name(name.name + spec.OPEN_SUFFIX), name.with_name(name.name + spec.DATA_SUFFIX))

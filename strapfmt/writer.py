@@ -1,0 +1,561 @@
+"""Writes one rank of a dataset: sites and tables go in, commits come out."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from strapfmt import spec
+from strapfmt.arrowfile import MessageEncoder
+from strapfmt.codecs import get_codec
+from strapfmt.commit import Disk, IoThread, Lock
+from strapfmt.errors import (
+    ArgumentError,
+    DatasetExistsError,
+    DatasetNotFoundError,
+    SiteNotFoundError,
+    WriterClosedError,
+)
+from strapfmt.layout import body_alignment, plan_layout
+from strapfmt.manifest import COUNTERS, Counts, Layout, Manifest, Shard, SiteEntry, file_slug
+from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, site_schema
+from strapfmt.site_writer import ShardSeries, SiteWriter, TableWriter
+
+__all__ = ["COMMIT_INTERVAL_S", "DatasetWriter", "SiteCount", "WriteSummary"]
+
+Array = npt.NDArray[Any]
+
+COMMIT_INTERVAL_S = 10.0
+_QUEUE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteCount:
+    """Rows of one site that should have been, were, and were not written because the ring was full."""
+
+    expected: int
+    written: int
+    dropped: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteSummary:
+    """What a writer has done so far.
+
+    Attributes
+    ----------
+    path : Path
+    n_rows : int
+        Rows written, summed over sites.
+    n_bytes : int
+        Bytes of activations handed over, before any codec.
+    n_commits : int
+    sites : dict of str to SiteCount
+    """
+
+    path: Path
+    n_rows: int
+    n_bytes: int
+    n_commits: int
+    sites: dict[str, SiteCount]
+
+
+class DatasetWriter:
+    """Writes one rank of a dataset; all methods but `reserve` belong to one thread.
+
+    Parameters
+    ----------
+    path : path
+        The dataset's directory, whose name ends in `.strap`.
+    rank : int, optional
+        This writer's place among several that write the same dataset. None: the only writer, at rank 0.
+    mode : {"create", "overwrite", "append"}
+        "create" refuses a rank that exists, "overwrite" replaces it (the whole dataset for an only writer), "append"
+        goes on behind what is committed, in new shards.
+    codec : str
+        The codec of sites whose spec does not choose one.
+    batch_bytes, shard_bytes : int
+        Target size of a record batch, and the size at which a shard is sealed.
+    commit_interval_s : float
+        `end_step` commits when this long has passed since the last commit. What is not committed is lost in a crash.
+    provenance : mapping, optional
+        JSON-ready facts about this session, kept in the manifest.
+    disk : Disk, optional
+        Where bytes go; tests pass one that fails.
+
+    Raises
+    ------
+    DatasetExistsError, DatasetNotFoundError
+        As `mode` demands.
+    WriterConflictError
+        If another writer holds this rank.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        rank: int | None = None,
+        mode: Literal["create", "overwrite", "append"] = "create",
+        codec: str = "none",
+        batch_bytes: int = spec.BATCH_TARGET_BYTES,
+        shard_bytes: int = spec.SHARD_TARGET_BYTES,
+        commit_interval_s: float = COMMIT_INTERVAL_S,
+        provenance: Mapping[str, Any] | None = None,
+        disk: Disk | None = None,
+    ) -> None:
+        check_writable(path, rank=rank, mode=mode)
+        get_codec(codec)
+        if batch_bytes < 1 or shard_bytes < 1 or commit_interval_s < 0:
+            raise ArgumentError("batch_bytes and shard_bytes: expected >= 1; commit_interval_s: expected >= 0")
+        self.path, self.rank, self.codec = Path(path), rank or 0, codec
+        self._batch_bytes, self._shard_bytes = batch_bytes, shard_bytes
+        self._commit_interval_s = commit_interval_s
+        self._disk = disk or Disk()
+        self._root = self.path / spec.RANK_DIRECTORY.format(rank=self.rank)
+        self._lock, self._manifest = self._claim(mode, sole=rank is None)
+        session = {"started_ns": time.time_ns(), **(provenance or {})}
+        self._sessions = [*self._manifest.sessions, session]
+        self._counters = dict(self._manifest.counters)
+        self._counting = threading.Lock()
+        self._sites: dict[str, SiteWriter] = {}
+        self._tables: dict[str, TableWriter] = {}
+        self._n_bytes = 0
+        self._closed = ""
+        self._last_commit = time.monotonic()
+        self._commits_done = self._manifest.commit
+        self._io = IoThread(_QUEUE_BYTES)
+        try:
+            self._publish_first()
+        except BaseException:
+            self.abort()
+            raise
+
+    # What a caller uses.
+
+    @property
+    def sites(self) -> dict[str, SiteSpec]:
+        """The sites declared in this session or before."""
+        before = {entry.spec.name: entry.spec for entry in self._manifest.sites}
+        return before | {name: writer.site for name, writer in self._sites.items()}
+
+    def reserve(self, kind: Literal["row", "step", "sequence"], n: int) -> int:
+        """Return the first of `n` new consecutive ids: `rank << 40 | counter`. Safe from any thread."""
+        with self._counting:
+            first = self._counters[kind]
+            if first + n > 1 << spec.COUNTER_BITS:
+                raise ArgumentError(f"{kind}: a rank holds at most 2^{spec.COUNTER_BITS} of them")
+            self._counters[kind] = first + n
+        return self.rank << spec.RANK_SHIFT | first
+
+    def add_site(self, site: SiteSpec) -> None:
+        """Declare a site; again with an equal spec is nothing.
+
+        Raises
+        ------
+        ArgumentError
+            If the name is taken by a different spec, or this version cannot store it.
+        """
+        self._check_open()
+        site.check_known()
+        known = self.sites.get(site.name)
+        if known is not None and known != site:
+            raise ArgumentError(f"site {site.name!r} is declared as {known}; got {site}")
+        if site.name not in self._sites:
+            self._sites[site.name] = self._open_site(site)
+
+    def write(
+        self,
+        site: str,
+        values: Array,
+        *,
+        rows: Array | None = None,
+        shapes: Array | None = None,
+        statistics: Mapping[str, Array] | None = None,
+        token_row: Array | None = None,
+        call: int | Array | None = None,
+    ) -> None:
+        """Add rows to a site.
+
+        Parameters
+        ----------
+        site : str
+            A declared site.
+        values : ndarray [n_rows, *shape], C-contiguous, of the storage type
+            BORROWED until `wait` returns: a thread writes it. For a ragged site: [n_values], all rows one behind the
+            other.
+        rows : int64 [n_rows], strictly increasing and above all before; for `row_space` "tokens" only
+        shapes : int32 [n_rows, ndim], for ragged sites only
+        statistics : {name: [n_rows]}, exactly those of the spec
+        token_row : int64 [n_rows], -1 for unknown; for `row_space` "own" only
+        call : int or int64 [n_rows], for `row_space` "own" only
+
+        Raises
+        ------
+        ArgumentError
+            If an array is not as described. Nothing of the call is written then.
+        WriteError
+            If writing failed before.
+        """
+        self._check_open()
+        if site not in self._sites:
+            raise SiteNotFoundError(site, self._sites, "this writer (declare it with add_site)")
+        writer = self._sites[site]
+        n_rows = _check_values(writer.site, values, shapes)
+        columns = _check_columns(writer.site, n_rows, rows, statistics, token_row, call, writer.last_row, self.rank)
+        if n_rows == 0:
+            return
+        self._n_bytes += values.nbytes
+        writer.write(values, columns, shapes, self._flush_tables)
+
+    def write_table(self, name: str, columns: Mapping[str, Any]) -> None:
+        """Add rows to `tokens`, `sequences`, `steps` or `row_events`: one sequence or array a column, copied."""
+        self._check_open()
+        if name not in TABLE_SCHEMAS:
+            raise ArgumentError(f"table: expected one of {', '.join(TABLE_SCHEMAS)}; got {name!r}")
+        self._table(name).write(columns)
+
+    def count(self, site: str, *, expected: int = 0, dropped: int = 0) -> None:
+        """Add to a site's counters in the manifest."""
+        self._sites[site].expected += expected
+        self._sites[site].dropped += dropped
+
+    def wait(self) -> None:
+        """Block until every borrowed buffer has been handed to the system and may be reused."""
+        self._check_open()
+        self._io.wait()
+
+    def end_step(self) -> None:
+        """Say that a step is complete; commits in the background when the interval has passed."""
+        self._check_open()
+        self._io.check()
+        due = time.monotonic() - self._last_commit >= self._commit_interval_s
+        if due and self._commits_done == self._manifest.commit:
+            self._commit()
+
+    def commit(self) -> None:
+        """Make everything so far durable; returns when it is. Call it between steps."""
+        self._check_open()
+        self._commit()
+        self._io.wait()
+
+    def close(self, *, provenance: Mapping[str, Any] | None = None) -> None:
+        """Seal every shard, commit a last time and give the rank back. Safe to call twice.
+
+        Parameters
+        ----------
+        provenance : mapping, optional
+            Facts known only at the end, added to the session's.
+        """
+        if self._closed:
+            return
+        try:
+            self._sessions[-1] = {**self._sessions[-1], "ended_ns": time.time_ns(), **(provenance or {})}
+            self._commit(sealing=True)
+            self._io.wait()
+        except BaseException:
+            self.abort()
+            raise
+        self._end("closed")
+
+    def abort(self) -> None:
+        """Stop without publishing anything more; the last commit stays. Never raises. Safe to call twice."""
+        if not self._closed:
+            self._end("aborted")
+
+    def summary(self) -> WriteSummary:
+        """Return what was written so far."""
+        sites = {
+            name: SiteCount(expected=writer.expected, written=writer.written, dropped=writer.dropped)
+            for name, writer in self._sites.items()
+        }
+        return WriteSummary(
+            path=self.path,
+            n_rows=sum(count.written for count in sites.values()),
+            n_bytes=self._n_bytes,
+            n_commits=self._manifest.commit,
+            sites=sites,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    # Claiming a rank.
+
+    def _claim(self, mode: str, *, sole: bool) -> tuple[Lock, Manifest]:
+        if mode == "overwrite":
+            self._remove(self.path if sole else self._root)
+        if mode == "append" and self._root.exists():
+            lock = Lock(self._root)
+            return lock, self._read_manifest(lock)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(exist_ok=True)
+        try:
+            self._disk.mkdir(self._root)
+        except FileExistsError:
+            Lock(self._root).release()
+            raise DatasetExistsError(_exists(self.path, self.rank)) from None
+        now = time.time_ns()
+        return Lock(self._root), Manifest(
+            rank=self.rank, writer_id=uuid.uuid4().hex, commit=-1, is_clean=False, created_ns=now, committed_ns=now
+        )
+
+    def _read_manifest(self, lock: Lock) -> Manifest:
+        path = self._root / spec.MANIFEST_NAME
+        try:
+            return Manifest.decode(path.read_bytes(), str(path))
+        except BaseException:
+            lock.release()
+            raise
+
+    def _remove(self, directory: Path) -> None:
+        """Move what is to be replaced out of the way in one step, then delete it."""
+        if not directory.exists():
+            return
+        ranks = [directory] if directory == self._root else sorted(directory.glob("rank-*"))
+        doomed = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:8]}{spec.TMP_SUFFIX}")
+        with contextlib.ExitStack() as locks:
+            for rank in ranks:
+                locks.callback(Lock(rank).release)
+            self._disk.rename(directory, doomed)
+        shutil.rmtree(doomed)
+
+    def _publish_first(self) -> None:
+        for name in (spec.SITES_DIRECTORY, spec.TABLES_DIRECTORY):
+            if not (self._root / name).exists():
+                self._disk.mkdir(self._root / name)
+        for directory in (self.path, self.path.parent):
+            self._disk.sync_directory(directory)
+        self._commit()
+        self._io.wait()
+
+    # Sites, tables and commits.
+
+    def _open_site(self, site: SiteSpec) -> SiteWriter:
+        entry = next((entry for entry in self._manifest.sites if entry.spec.name == site.name), None)
+        encoder = MessageEncoder(site_schema(site), get_codec(site.codec))
+        layout = entry.layout if entry else plan_layout(site, encoder.header_bytes(), self._batch_bytes)
+        series = self._series(
+            f"{spec.SITES_DIRECTORY}/{file_slug(site.name)}", encoder, site, layout, entry.shards if entry else ()
+        )
+        return SiteWriter(
+            site,
+            layout,
+            series,
+            counts=entry.counts if entry else Counts(),
+            last_row=_last_row(entry),
+            batch_bytes=self._batch_bytes,
+        )
+
+    def _table(self, name: str) -> TableWriter:
+        if name not in self._tables:
+            entry = next((entry for entry in self._manifest.tables if entry.name == name), None)
+            encoder = MessageEncoder(TABLE_SCHEMAS[name], get_codec("none"))
+            directory = f"{spec.TABLES_DIRECTORY}/{name}"
+            self._tables[name] = TableWriter(
+                name, self._series(directory, encoder, None, Layout(), entry.shards if entry else ())
+            )
+        return self._tables[name]
+
+    def _series(
+        self, directory: str, encoder: MessageEncoder, site: SiteSpec | None, layout: Layout, done: Sequence[Shard]
+    ) -> ShardSeries:
+        return ShardSeries(
+            disk=self._disk,
+            io=self._io,
+            root=self._root,
+            directory=directory,
+            encoder=encoder,
+            codec=site.codec if site else "none",
+            alignment=body_alignment(site, layout) if site else 8,
+            shard_bytes=self._shard_bytes,
+            session=len(self._sessions) - 1,
+            done=done,
+        )
+
+    def _flush_tables(self) -> None:
+        for table in self._tables.values():
+            table.flush()
+
+    def _commit(self, *, sealing: bool = False) -> None:
+        number = self._manifest.commit + 1
+        tables = [table.seal() if sealing else table.commit(number) for table in self._tables.values()]
+        sites = [site.seal() if sealing else site.commit(number) for site in self._sites.values()]
+        with self._counting:
+            counters = dict(self._counters)
+        self._manifest = Manifest(
+            rank=self.rank,
+            writer_id=self._manifest.writer_id,
+            commit=number,
+            is_clean=sealing,
+            created_ns=self._manifest.created_ns,
+            committed_ns=time.time_ns(),
+            counters={name: counters[name] for name in COUNTERS},
+            sessions=tuple(self._sessions),
+            sites=tuple({entry.spec.name: entry for entry in (*self._manifest.sites, *sites)}.values()),
+            tables=tuple({entry.name: entry for entry in (*self._manifest.tables, *tables)}.values()),
+            optional_features=self._manifest.optional_features,
+        )
+        all_series = [writer.series for writer in (*self._tables.values(), *self._sites.values())]
+        directories = [series.directory for series in all_series if series.take_changed()]
+        superseded = [path for series in all_series for path in series.take_superseded()]
+        data = self._manifest.encode()
+        self._io.submit(lambda: self._publish(data, directories, superseded, number))
+        self._last_commit = time.monotonic()
+
+    def _publish(self, data: bytes, directories: Sequence[Path], superseded: Sequence[Path], number: int) -> None:
+        """Publish a manifest; runs on the I/O thread, behind everything that the manifest names."""
+        for directory in directories:
+            self._disk.sync_directory(directory)
+        self._disk.publish(self._root / spec.MANIFEST_NAME, [data])
+        self._disk.sync_directory(self._root)
+        for path in superseded:
+            self._disk.unlink(path)
+        self._commits_done = number
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise WriterClosedError(f"{self.path}: this writer was {self._closed}")
+
+    def _end(self, how: str) -> None:
+        self._closed = how
+        self._io.stop()
+        for writer in (*self._tables.values(), *self._sites.values()):
+            writer.series.close()
+        self._lock.release()
+
+
+def check_writable(path: str | Path, *, rank: int | None = None, mode: str = "create") -> None:
+    """Check, touching nothing, that a writer could be opened.
+
+    Raises
+    ------
+    ArgumentError, DatasetExistsError, DatasetNotFoundError
+    """
+    path = Path(path)
+    if mode not in ("create", "overwrite", "append"):
+        raise ArgumentError(f"mode: expected 'create', 'overwrite' or 'append'; got {mode!r}")
+    if rank is not None and not 0 <= rank <= spec.MAX_RANK:
+        raise ArgumentError(f"rank: expected 0..{spec.MAX_RANK}, got {rank}")
+    if path.suffix != spec.DATASET_SUFFIX:
+        raise ArgumentError(f"path: a dataset's name ends in {spec.DATASET_SUFFIX!r}; got {str(path)!r}")
+    root = path / spec.RANK_DIRECTORY.format(rank=rank or 0)
+    if mode == "append" and not (root / spec.MANIFEST_NAME).exists():
+        if rank is None or not path.is_dir():
+            raise DatasetNotFoundError(f"{path}: no dataset to append to; use mode='create'")
+    if path.exists() and not _is_dataset(path):
+        raise DatasetExistsError(f"{path}: exists and is no strapfmt dataset; it is never overwritten")
+    if mode == "create" and (root.exists() or (rank is None and path.exists() and any(path.iterdir()))):
+        raise DatasetExistsError(_exists(path, rank or 0))
+
+
+def _exists(path: Path, rank: int) -> str:
+    return (
+        f"{path}: rank {rank} of this dataset exists; overwrite=True (mode='overwrite') replaces it, "
+        "mode='append' goes on behind it"
+    )
+
+
+def _is_dataset(path: Path) -> bool:
+    return path.is_dir() and all(entry.name.startswith("rank-") and entry.is_dir() for entry in path.iterdir())
+
+
+def _last_row(entry: SiteEntry | None) -> int:
+    return -1 if entry is None else max((shard.last_row or 0 for shard in entry.shards), default=-1)
+
+
+def _check_values(site: SiteSpec, values: Array, shapes: Array | None) -> int:
+    """Check the activations of a call and return how many rows they are."""
+    storage = site.stored_dtype.numpy
+    if values.dtype != storage or not values.flags.c_contiguous:
+        contiguous = "" if values.flags.c_contiguous else "non-contiguous "
+        raise ArgumentError(
+            f"site {site.name!r}: values: expected C-contiguous {storage} (the storage of {site.dtype}), "
+            f"got {contiguous}{values.dtype}"
+        )
+    if (shapes is not None) != site.is_ragged:
+        raise ArgumentError(f"site {site.name!r}: shapes: expected {'one a row' if site.is_ragged else 'none'}")
+    if shapes is None:
+        if values.ndim != len(site.shape) + 1 or values.shape[1:] != site.shape:
+            raise ArgumentError(f"site {site.name!r}: values: expected [n, *{site.shape}], got {list(values.shape)}")
+        return len(values)
+    if shapes.ndim != 2 or shapes.shape[1] != len(site.shape) or shapes.dtype.kind not in "iu" or np.any(shapes < 0):
+        raise ArgumentError(f"site {site.name!r}: shapes: expected int [n, {len(site.shape)}] >= 0, got {shapes.shape}")
+    fixed = [i for i, size in enumerate(site.shape) if size >= 0]
+    if np.any(shapes[:, fixed] != np.array([site.shape[i] for i in fixed])):
+        raise ArgumentError(f"site {site.name!r}: shapes: expected rows of shape {site.shape} (-1: any size)")
+    sizes = np.prod(shapes, axis=1, dtype=np.int64)
+    if values.ndim != 1 or values.size != sizes.sum() or np.any(sizes > spec.MAX_ROW_VALUES):
+        raise ArgumentError(f"site {site.name!r}: values: expected [{sizes.sum()}] as the shapes say, got {values.shape}")
+    return len(shapes)
+
+
+def _check_columns(
+    site: SiteSpec,
+    n_rows: int,
+    rows: Array | None,
+    statistics: Mapping[str, Array] | None,
+    token_row: Array | None,
+    call: int | Array | None,
+    last_row: int,
+    rank: int,
+) -> dict[str, Array]:
+    """Check the columns beside the activations and return copies of them."""
+    columns: dict[str, Array] = {}
+    if site.row_space == "own":
+        if rows is not None:
+            raise ArgumentError(f"site {site.name!r}: rows: expected none, its row space is its own")
+        first = last_row + 1 if last_row >= 0 else rank << spec.RANK_SHIFT
+        columns["row"] = np.arange(first, first + n_rows, dtype=np.int64)
+        columns["token_row"] = _integers(site, "token_row", -1 if token_row is None else token_row, n_rows)
+        columns["call"] = _integers(site, "call", 0 if call is None else call, n_rows)
+    else:
+        if rows is None or token_row is not None or call is not None:
+            raise ArgumentError(f"site {site.name!r}: expected rows and neither token_row nor call (row space 'tokens')")
+        columns["row"] = _integers(site, "rows", rows, n_rows)
+        _check_rows(site, columns["row"], last_row, rank)
+    given = {} if statistics is None else dict(statistics)
+    if set(given) != set(site.statistics):
+        raise ArgumentError(f"site {site.name!r}: statistics: expected {site.statistics}, got {tuple(given)}")
+    for name in site.statistics:
+        columns[name] = np.array(given[name], np.int32 if name == "n_nonfinite" else np.float32)
+        if columns[name].shape != (n_rows,):
+            raise ArgumentError(f"site {site.name!r}: {name}: expected [{n_rows}], got {list(columns[name].shape)}")
+    return columns
+
+
+def _integers(site: SiteSpec, name: str, values: int | Array, n_rows: int) -> Array:
+    array = np.asarray(values)
+    if array.dtype.kind not in "iu" or array.shape not in ((), (n_rows,)):
+        raise ArgumentError(f"site {site.name!r}: {name}: expected int [{n_rows}], got {array.dtype} {list(array.shape)}")
+    return np.array(np.broadcast_to(array, (n_rows,)), np.int64)
+
+
+def _check_rows(site: SiteSpec, rows: Array, last_row: int, rank: int) -> None:
+    if not len(rows):
+        return
+    if rows[0] <= last_row or np.any(rows[1:] <= rows[:-1]):
+        raise ArgumentError(
+            f"site {site.name!r}: rows: expected strictly increasing row ids above {last_row}, the last one written"
+        )
+    if rows[0] >> spec.RANK_SHIFT != rank or rows[-1] >> spec.RANK_SHIFT != rank:
+        raise ArgumentError(f"site {site.name!r}: rows: expected ids of rank {rank} (rank << {spec.RANK_SHIFT} | n)")
