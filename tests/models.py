@@ -14,18 +14,18 @@ VOCAB_SIZE = 101
 N_LAYERS = 2
 D_MODEL = 32
 
-_BASE: dict[str, Any] = dict(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=D_MODEL,
-    num_hidden_layers=N_LAYERS,
-    num_attention_heads=4,
-    max_position_embeddings=128,
-    pad_token_id=PAD,
-    bos_token_id=BOS,
-    eos_token_id=EOS,
-)
-_GATED: dict[str, Any] = dict(intermediate_size=48, num_key_value_heads=2)
-_EXPERTS: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": D_MODEL,
+    "num_hidden_layers": N_LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+_GATED: dict[str, Any] = {"intermediate_size": 48, "num_key_value_heads": 2}
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 _FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},
@@ -56,7 +56,9 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 FAMILIES: list[str] = list(_FAMILIES)
 
 
-def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+def tiny_model(
+    family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedModel:
     """Build a causal language model of `family` with random weights, in `eval` mode.
 
     Two layers, width 32, 101 tokens (the vocabulary of `tiny_tokenizer`), about 30,000 parameters.

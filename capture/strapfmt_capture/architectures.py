@@ -1,0 +1,161 @@
+"""Where Hugging Face architectures hold the uniform sites: one frozen record per `config.model_type`.
+
+To teach strapfmt another model, add a record::
+
+    from strapfmt_capture.architectures import ARCHITECTURES, Architecture
+    ARCHITECTURES["my_model"] = Architecture(
+        embed="embed_tokens", blocks="layers", final_norm="norm",
+        attn="self_attn", mlp_out="mlp", resid_mid="post_attention_layernorm",
+    )
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+__all__ = ["ARCHITECTURES", "HEADS", "Architecture"]
+
+# Names a language-model head has, next to the decoder or above it.
+HEADS = ("lm_head", "embed_out")
+
+
+def _always(config: Any) -> bool:
+    return True
+
+
+def _never(config: Any) -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """Where the sites of one decoder are.
+
+    `embed`, `blocks` and `final_norm` are paths below the decoder, the module that owns the list of blocks
+    (`model` in Llama, `transformer` in GPT-2); the other paths are below one block. The residual stream itself
+    is the input (`resid_pre`) and the output (`resid_post`) of a block in every architecture, so it needs no
+    entry.
+
+    Attributes
+    ----------
+    embed : str
+        The token embedding. Its output is what the model adds positions to; Gemma's includes the scale.
+    blocks : str
+        The `ModuleList` of blocks.
+    final_norm : str
+        The norm after the last block; it may be absent in a model.
+    attn : str
+        The attention module; its second output is the attention pattern.
+    attn_out, mlp_out : str
+        The module whose output is **added to the residual stream**: the norm after the attention or the MLP
+        where there is one (Gemma 2 and 3, OLMo 2), a linear layer where the module itself adds the stream
+        (BLOOM), the module itself elsewhere. An empty `attn_out` means `attn`. Where a model drops out between
+        the module and the sum without a module of its own for it (OPT, Phi), training shows the value before
+        the dropout.
+    resid_mid : str
+        The module whose *input* is the stream between attention and MLP; empty where the two run in parallel.
+    resid_mid_if : callable
+        Whether a config has the sequential form, for architectures that have both.
+    logits_after_head : callable
+        Whether a config changes the head's output (soft-capping, a scale), so that `logits` is read from the
+        output of the language model instead of the output of its head.
+    """
+
+    embed: str
+    blocks: str
+    final_norm: str
+    attn: str
+    attn_out: str = ""
+    mlp_out: str
+    resid_mid: str = ""
+    resid_mid_if: Callable[[Any], bool] = _always
+    logits_after_head: Callable[[Any], bool] = _never
+
+
+def _soft_capped(config: Any) -> bool:
+    return getattr(config, "final_logit_softcapping", None) is not None
+
+
+_LLAMA = Architecture(
+    embed="embed_tokens",
+    blocks="layers",
+    final_norm="norm",
+    attn="self_attn",
+    mlp_out="mlp",
+    resid_mid="post_attention_layernorm",
+)
+_GEMMA2 = replace(
+    _LLAMA,
+    attn_out="post_attention_layernorm",
+    mlp_out="post_feedforward_layernorm",
+    resid_mid="pre_feedforward_layernorm",
+    logits_after_head=_soft_capped,
+)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "bloom": Architecture(
+        embed="word_embeddings",
+        blocks="h",
+        final_norm="ln_f",
+        attn="self_attention",
+        attn_out="self_attention.dense",
+        mlp_out="mlp.dense_4h_to_h",
+        resid_mid="post_attention_layernorm",
+    ),
+    "cohere": replace(_LLAMA, resid_mid="", logits_after_head=_always),
+    "falcon": Architecture(
+        embed="word_embeddings",
+        blocks="h",
+        final_norm="ln_f",
+        attn="self_attention",
+        mlp_out="mlp",
+        resid_mid="post_attention_layernorm",
+        resid_mid_if=lambda config: not (config.parallel_attn or config.new_decoder_architecture),
+    ),
+    "gemma": _LLAMA,
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2,
+    "gpt2": Architecture(
+        embed="wte", blocks="h", final_norm="ln_f", attn="attn", mlp_out="mlp", resid_mid="ln_2"
+    ),
+    "gpt_neox": Architecture(
+        embed="embed_in",
+        blocks="layers",
+        final_norm="final_layer_norm",
+        attn="attention",
+        attn_out="post_attention_dropout",
+        mlp_out="post_mlp_dropout",
+        resid_mid="post_attention_layernorm",
+        resid_mid_if=lambda config: not config.use_parallel_residual,
+    ),
+    "gptj": Architecture(embed="wte", blocks="h", final_norm="ln_f", attn="attn", mlp_out="mlp"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "mixtral": _LLAMA,
+    "olmo": _LLAMA,
+    "olmo2": replace(
+        _LLAMA, attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm", resid_mid="mlp"
+    ),
+    "opt": Architecture(
+        embed="embed_tokens",
+        blocks="layers",
+        final_norm="final_layer_norm",
+        attn="self_attn",
+        mlp_out="fc2",
+        resid_mid="final_layer_norm",
+        resid_mid_if=lambda config: config.do_layer_norm_before,
+    ),
+    "phi": replace(_LLAMA, final_norm="final_layernorm", resid_mid=""),
+    "phi3": replace(_LLAMA, attn_out="resid_attn_dropout", mlp_out="resid_mlp_dropout"),
+    "qwen2": _LLAMA,
+    "qwen2_moe": _LLAMA,
+    "qwen3": _LLAMA,
+    "qwen3_moe": _LLAMA,
+    "smollm3": _LLAMA,
+    "stablelm": replace(
+        _LLAMA, mlp_out="dropout", resid_mid_if=lambda config: not config.use_parallel_residual
+    ),
+    "starcoder2": _LLAMA,
+}

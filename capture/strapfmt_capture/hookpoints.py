@@ -1,0 +1,221 @@
+"""Hook points: the modules of a model that hold the uniform sites, and how a value is read there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from strapfmt.errors import CaptureError
+from strapfmt_capture.architectures import ARCHITECTURES, HEADS, Architecture
+
+__all__ = ["EAGER_ADVICE", "Decoder", "HookPoint", "find_decoder", "hook_points"]
+
+EAGER_ADVICE = (
+    'the attention pattern exists only with eager attention: load the model with attn_implementation="eager"'
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookPoint:
+    """Where the values of one site are taken.
+
+    Attributes
+    ----------
+    site : str
+        The stored name.
+    module_path : str
+        The module, as in `model.named_modules()`; empty for the model itself.
+    where : str
+        `"in"` or `"out"`.
+    index : int or None
+        The element of a tuple output; None takes a tensor itself, or the first tensor of a tuple or mapping.
+    kwarg : str or None
+        The name of the value among keyword arguments (`in`) or in a mapping output (`out`), where it has one.
+    heads_first : bool
+        The module gives `[sequence, head, query, key]`; `read` turns it to `[sequence, query, head, key]`.
+    """
+
+    site: str
+    module_path: str
+    where: str
+    index: int | None = None
+    kwarg: str | None = None
+    heads_first: bool = False
+
+    @property
+    def hook_point(self) -> str:
+        """The place in words: `"model.layers.3:out"`."""
+        return f"{self.module_path}:{self.where}"
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any = None) -> torch.Tensor:
+        """Return the tensor of this site from the arguments and the output of one call of the module.
+
+        Returns
+        -------
+        torch.Tensor
+            The module's own tensor (or a view of it), not a copy: the model may still change it in place.
+
+        Raises
+        ------
+        CaptureError
+            If there is no tensor at this place in this call.
+        """
+        value = self._input(args, kwargs) if self.where == "in" else self._output(output)
+        if not isinstance(value, torch.Tensor):
+            raise CaptureError(self._complaint(value))
+        return value.transpose(1, 2) if self.heads_first else value
+
+    def _input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self.kwarg is not None and self.kwarg in kwargs:
+            return kwargs[self.kwarg]
+        return _first_tensor((*args, *kwargs.values()))
+
+    def _output(self, output: Any) -> Any:
+        if isinstance(output, Mapping):
+            return output.get(self.kwarg) if self.kwarg is not None else _first_tensor(tuple(output.values()))
+        if not isinstance(output, (tuple, list)):
+            return output
+        if self.index is None:
+            return _first_tensor(output)
+        return output[self.index] if self.index < len(output) else None
+
+    def _complaint(self, value: Any) -> str:
+        found = "None" if value is None else f"a {type(value).__name__}"
+        advice = EAGER_ADVICE if self.heads_first else "check what this module takes and returns"
+        return f"site {self.site!r} at {self.hook_point}: expected a tensor, found {found}; {advice}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """A decoder of a known architecture, found inside a model (below a wrapper, or beside a vision tower).
+
+    Attributes
+    ----------
+    path : str
+        Path of the module that owns the blocks.
+    module : torch.nn.Module
+        That module; it carries the Hugging Face `config`.
+    architecture : Architecture
+        Its record.
+    head, language_model : str or None
+        Paths of the head and of the module that owns it, for a model that has one.
+    """
+
+    path: str
+    module: torch.nn.Module
+    architecture: Architecture
+    head: str | None
+    language_model: str | None
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face config of the decoder."""
+        return self.module.config
+
+    @property
+    def attention(self) -> str | None:
+        """The attention implementation in use: `"eager"`, `"sdpa"`, ..."""
+        name = getattr(self.config, "_attn_implementation", None)
+        return name if isinstance(name, str) else None
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether attention patterns are computed at all."""
+        return self.attention in ("eager", None)
+
+
+def find_decoder(model: torch.nn.Module) -> Decoder | None:
+    """Return the first decoder in `model` whose `config.model_type` is in the table, or None."""
+    for path, module in model.named_modules():
+        model_type = getattr(getattr(module, "config", None), "model_type", None)
+        architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+        if architecture is not None and isinstance(_child(module, architecture.blocks), torch.nn.ModuleList):
+            head = _find_head(model, path)
+            owner = None if head is None else head.rpartition(".")[0]
+            return Decoder(
+                path=path, module=module, architecture=architecture, head=head, language_model=owner
+            )
+    return None
+
+
+def hook_points(model: torch.nn.Module) -> dict[str, HookPoint]:
+    """Return the hook point of every uniform site of `model`, in the order a forward pass reaches them.
+
+    The sites, the same in every architecture (`N` is the block, counted from 0):
+
+    - `embed`: output of the token embedding, before anything is added; a pass that gets `inputs_embeds` has
+      none.
+    - `blocks.N.resid_pre`, `blocks.N.resid_post`: the residual stream entering and leaving a block. The last
+      `resid_post` is *before* the final norm, unlike `hidden_states[-1]` of Hugging Face.
+    - `blocks.N.resid_mid`: the stream between attention and MLP; absent where the two run in parallel.
+    - `blocks.N.attn_out`, `blocks.N.mlp_out`: what is added to the stream, so after a norm that follows the
+      attention or the MLP (Gemma 2 and 3, OLMo 2).
+    - `blocks.N.attn_pattern`: attention probabilities, `(heads, keys)` per token; eager attention only.
+    - `final_norm`: output of the norm after the last block.
+    - `logits`: what the model returns, after soft-capping or scaling where there is any.
+
+    Empty for a model of no known architecture, where module paths are the sites.
+    """
+    decoder = find_decoder(model)
+    return {} if decoder is None else {point.site: point for point in _uniform(decoder)}
+
+
+def _uniform(decoder: Decoder) -> Iterator[HookPoint]:
+    """Hook points of the uniform sites that this decoder really has."""
+    architecture, module = decoder.architecture, decoder.module
+
+    def point(site: str, path: str, where: str = "out", **options: Any) -> HookPoint:
+        return HookPoint(site=site, module_path=_join(decoder.path, path), where=where, **options)
+
+    if _child(module, architecture.embed) is not None:
+        yield point("embed", architecture.embed)
+    blocks = _child(module, architecture.blocks)
+    assert isinstance(blocks, torch.nn.ModuleList)
+    for number, block in enumerate(blocks):
+        name, path = f"blocks.{number}", _join(architecture.blocks, str(number))
+        yield point(f"{name}.resid_pre", path, "in", kwarg="hidden_states")
+        if _child(block, architecture.attn) is not None:
+            attn_out = architecture.attn_out or architecture.attn
+            yield point(f"{name}.attn_pattern", _join(path, architecture.attn), index=1, heads_first=True)
+            yield point(f"{name}.attn_out", _join(path, attn_out))
+        if architecture.resid_mid and architecture.resid_mid_if(decoder.config):
+            yield point(f"{name}.resid_mid", _join(path, architecture.resid_mid), "in")
+        if _child(block, architecture.mlp_out) is not None:
+            yield point(f"{name}.mlp_out", _join(path, architecture.mlp_out))
+        yield point(f"{name}.resid_post", path)
+    if _child(module, architecture.final_norm) is not None:
+        yield point("final_norm", architecture.final_norm)
+    if decoder.head is not None and decoder.language_model is not None:
+        whole = architecture.logits_after_head(decoder.config)
+        path = decoder.language_model if whole else decoder.head
+        yield HookPoint(site="logits", module_path=path, where="out", kwarg="logits" if whole else None)
+
+
+def _first_tensor(values: Sequence[Any]) -> Any:
+    return next((value for value in values if isinstance(value, torch.Tensor)), None)
+
+
+def _child(module: torch.nn.Module, path: str) -> torch.nn.Module | None:
+    """The module at `path` below `module`, or None."""
+    found: Any = module
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found if isinstance(found, torch.nn.Module) else None
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _find_head(model: torch.nn.Module, decoder_path: str) -> str | None:
+    """Path of the head, which hangs on the decoder or on one of the modules around it, the nearest first."""
+    segments = decoder_path.split(".") if decoder_path else []
+    for length in range(len(segments), -1, -1):
+        owner = ".".join(segments[:length])
+        for name in HEADS:
+            if _child(model, _join(owner, name)) is not None:
+                return _join(owner, name)
+    return None

@@ -1,0 +1,187 @@
+"""What each site of a model holds, read off its config and weights: shape, element type, bytes per token."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+
+from strapfmt_capture.hookpoints import Decoder, HookPoint, find_decoder, hook_points
+
+__all__ = ["SiteInfo", "SiteListing", "describe"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteInfo:
+    """One line of a listing.
+
+    Attributes
+    ----------
+    site : str
+        What to ask for.
+    module_path, hook_point : str
+        Where it is taken: `"model.layers.3"`, `"model.layers.3:out"`.
+    shape : tuple of int or None
+        Of one token; -1 marks a dimension that varies; None if the weights do not tell.
+    dtype : str or None
+        Element type of the weights that make it: that of the values too, unless the model runs under autocast.
+    bytes_per_token : int or None
+        None where the shape is unknown or varies.
+    """
+
+    site: str
+    module_path: str
+    hook_point: str
+    shape: tuple[int, ...] | None
+    dtype: str | None
+    bytes_per_token: int | None
+
+
+class SiteListing(Sequence[SiteInfo]):
+    """The sites of a model; a sequence that prints as a table.
+
+    Parameters
+    ----------
+    model : str
+        What the model is called in the heading.
+    uniform, modules : list of SiteInfo
+        Sites that have the same name in every architecture, and modules under their own paths.
+    """
+
+    def __init__(self, model: str, uniform: list[SiteInfo], modules: list[SiteInfo]) -> None:
+        self.model, self.uniform, self.modules = model, uniform, modules
+
+    @property
+    def names(self) -> list[str]:
+        """Every name that can be asked for."""
+        return [info.site for info in self]
+
+    def __len__(self) -> int:
+        return len(self.uniform) + len(self.modules)
+
+    @overload
+    def __getitem__(self, index: int) -> SiteInfo: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[SiteInfo]: ...
+    def __getitem__(self, index: int | slice) -> SiteInfo | Sequence[SiteInfo]:
+        return [*self.uniform, *self.modules][index]
+
+    def __repr__(self) -> str:
+        lines = [f"{self.model}: {len(self.uniform)} sites, {len(self.modules)} modules by path"]
+        header = ("shape", "dtype", "bytes/token", "count")
+        if self.uniform:
+            lines += ["", *_table([("site", "taken at", *header), *_folded(self.uniform)])]
+        if self.modules:  # taken where their names say
+            folded = [(row[0], *row[2:]) for row in _folded(self.modules)]
+            lines += ["", *_table([("module", *header), *folded])]
+        advice = "Any module is a site: its path stands for its output, path:in for its input."
+        return "\n".join([*lines, "", advice])
+
+
+def describe(model: torch.nn.Module, points: Iterable[HookPoint]) -> list[SiteInfo]:
+    """Say what each hook point holds for one token, without running the model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model that the hook points belong to.
+    points : iterable of HookPoint
+        As from `resolve`.
+
+    Returns
+    -------
+    list of SiteInfo
+        One per hook point, in their order.
+    """
+    decoder = find_decoder(model)
+    modules = dict(model.named_modules())
+    uniform = {point.hook_point: point.site for point in hook_points(model).values() if not point.heads_first}
+    return [_info(point, modules[point.module_path], decoder, uniform) for point in points]
+
+
+def _info(
+    point: HookPoint, module: torch.nn.Module, decoder: Decoder | None, uniform: dict[str, str]
+) -> SiteInfo:
+    site = point.site if point.heads_first else uniform.get(point.hook_point)
+    if decoder is not None and (site or point.module_path.endswith("." + decoder.architecture.attn)):
+        shape, dtype = _uniform_shape(site or "attn_out", decoder), _dtype(decoder.module)
+    else:
+        shape, dtype = _module_shape(module, point.where), _dtype(module)
+    known = shape is not None and dtype is not None and -1 not in shape
+    return SiteInfo(
+        site=point.site,
+        module_path=point.module_path,
+        hook_point=point.hook_point,
+        shape=shape,
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        bytes_per_token=math.prod(shape) * dtype.itemsize if known and shape and dtype else None,
+    )
+
+
+def _uniform_shape(site: str, decoder: Decoder) -> tuple[int, ...] | None:
+    """Shape of one token at a uniform site."""
+    config = decoder.config
+    if site.endswith(".attn_pattern"):
+        return (config.num_attention_heads, -1)
+    if site in ("embed", "logits"):
+        path = decoder.architecture.embed
+        weight = getattr(decoder.module.get_submodule(path), "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+            return None
+        return (weight.shape[1],) if site == "embed" else (config.vocab_size,)
+    return (config.hidden_size,)
+
+
+def _module_shape(module: torch.nn.Module, where: str) -> tuple[int, ...] | None:
+    """Shape of one token at a module that says how wide it is."""
+    if isinstance(module, torch.nn.Linear):
+        return (module.in_features if where == "in" else module.out_features,)
+    if isinstance(module, torch.nn.Embedding):
+        return (module.embedding_dim,) if where == "out" else ()
+    if isinstance(module, torch.nn.LayerNorm):
+        return tuple(module.normalized_shape)
+    if type(module).__name__ == "Conv1D" and isinstance(module.weight, torch.Tensor):
+        # GPT-2's linear layer, which keeps its weight transposed.
+        return (module.weight.shape[0 if where == "in" else 1],)
+    return None
+
+
+def _dtype(module: torch.nn.Module) -> torch.dtype | None:
+    """The floating-point type of the first such weight (quantised weights are packed integers)."""
+    return next((weight.dtype for weight in module.parameters() if weight.dtype.is_floating_point), None)
+
+
+def _folded(infos: Sequence[SiteInfo]) -> list[tuple[str, ...]]:
+    """Table rows, one for all layers that differ in nothing but their number."""
+    rows = Counter(
+        (
+            re.sub(r"(?<=\.)\d+(?=\.|$)", "*", info.site),
+            re.sub(r"(?<=\.)\d+(?=[.:]|$)", "*", info.hook_point),
+            _shape_text(info.shape),
+            info.dtype or "?",
+            "?" if info.bytes_per_token is None else f"{info.bytes_per_token:,}",
+        )
+        for info in infos
+    )
+    return [(*row, str(count)) for row, count in rows.items()]
+
+
+def _shape_text(shape: tuple[int, ...] | None) -> str:
+    return "?" if shape is None else str(shape).replace("-1", "*")
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    n_left = len(widths) - 2  # the two numbers at the end stand to the right
+    return [
+        "  ".join(
+            cell.ljust(width) if place < n_left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,194 @@
+"""Sites of a model: the names a person asks for, the hook points they stand for, and what each of them holds.
+
+A pattern is a site name (`blocks.3.resid_post`) or a module path (`model.layers.3.mlp`, its output, or
+`model.layers.3.mlp:in`, its input), and may hold wildcards: `*`, `?` and `[012]` stay within one dotted segment,
+so that `blocks.*.resid_post` and `model.layers.*` are exactly the layers; `**` stands for any number of segments.
+A pattern that matches a site name is not tried as a module path.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+
+from strapfmt.errors import ArgumentError, CaptureError, CompiledModelError, SiteNotFoundError
+from strapfmt_capture.hookpoints import EAGER_ADVICE, HookPoint, find_decoder, hook_points
+from strapfmt_capture.listing import SiteInfo, SiteListing, describe
+
+__all__ = [
+    "HookPoint",
+    "SiteInfo",
+    "SiteListing",
+    "check_not_compiled",
+    "describe",
+    "hook_points",
+    "list_sites",
+    "resolve",
+    "row_modules",
+]
+
+
+def resolve(model: torch.nn.Module, patterns: str | Iterable[str]) -> list[HookPoint]:
+    """Find the hook points that `patterns` ask for; nothing is attached to the model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any module.
+    patterns : str or iterable of str
+        Site names and module paths, see the module's documentation.
+
+    Returns
+    -------
+    list of HookPoint
+        Without duplicates: uniform sites in the order a forward pass reaches them, then module paths in the
+        model's own order.
+
+    Raises
+    ------
+    SiteNotFoundError
+        If a pattern matches nothing; it names near misses.
+    CaptureError
+        If only attention patterns are asked for and the model does not compute any; a wider pattern
+        (`blocks.0.*`) leaves them out instead.
+    ArgumentError
+        If there are no patterns.
+    """
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not wanted:
+        raise ArgumentError('sites: expected at least one name, for example "blocks.*.resid_post"; got none')
+    uniform = hook_points(model)
+    paths = [path for path, _ in model.named_modules() if path]
+    found: dict[str, HookPoint] = {}
+    for pattern in wanted:
+        for point in _match(model, pattern, uniform, paths):
+            found[point.site] = point
+    order = {site: number for number, site in enumerate(uniform)}
+    place = {path: number for number, path in enumerate(paths, len(order))}
+    return sorted(found.values(), key=lambda point: order.get(point.site, place.get(point.module_path, -1)))
+
+
+def list_sites(model: torch.nn.Module) -> SiteListing:
+    """List what can be captured from `model`, with shapes and sizes, without running it.
+
+    Returns
+    -------
+    SiteListing
+        A sequence of `SiteInfo`: the uniform sites, then the output of every module under its own path. It
+        prints as a table with the layers folded into one line.
+    """
+    decoder = find_decoder(model)
+    uniform = list(hook_points(model).values())
+    if decoder is not None and not decoder.is_eager:
+        uniform = [point for point in uniform if not point.heads_first]
+    modules = [
+        HookPoint(site=path, module_path=path, where="out")
+        for path, module in model.named_modules()
+        if path and not isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict))
+    ]
+    return SiteListing(type(model).__name__, describe(model, uniform), describe(model, modules))
+
+
+def row_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the modules whose call may begin a step: `model`, and every language model inside it.
+
+    A person may call the base model directly, and `generate` of a wrapper (PEFT) enters the model it wraps.
+    Whichever is entered first begins the step; those inside it do not.
+
+    Raises
+    ------
+    CaptureError
+        For an encoder-decoder model, where two streams of tokens run at once.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise CaptureError(
+            f"{type(model).__name__} is an encoder-decoder model, which is not supported yet: its encoder and "
+            "decoder process different tokens; capture one of them alone, for example model.get_encoder()"
+        )
+    return [model, *(m for m in model.modules() if m is not model and _is_language_model(m))]
+
+
+def check_not_compiled(model: torch.nn.Module) -> None:
+    """Refuse a model that is, or contains, a compiled module, where hooks would be silent.
+
+    Raises
+    ------
+    CompiledModelError
+        Naming the first such module.
+    """
+    for path, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            place = f"its module {path!r}" if path else "it"
+            raise CompiledModelError(
+                f"cannot capture {type(model).__name__}: {place} is compiled by torch.compile, and compiled code "
+                "does not run hooks; capture the model before compiling it, or a copy that is not compiled"
+            )
+
+
+def _match(
+    model: torch.nn.Module, pattern: str, uniform: Mapping[str, HookPoint], paths: Sequence[str]
+) -> list[HookPoint]:
+    """Hook points of one pattern."""
+    sites = _matching(pattern, uniform)
+    if sites:
+        return [uniform[site] for site in _without_patterns(model, pattern, sites)]
+    path_pattern, _, where = pattern.partition(":")
+    matches = _matching(path_pattern, paths) if where in ("", "in", "out") else []
+    if not matches:
+        raise _not_found(model, pattern, uniform, paths)
+    suffix = ":in" if where == "in" else ""
+    kwarg = "hidden_states" if where == "in" else None
+    return [
+        HookPoint(site=path + suffix, module_path=path, where=where or "out", kwarg=kwarg) for path in matches
+    ]
+
+
+def _without_patterns(model: torch.nn.Module, pattern: str, sites: list[str]) -> list[str]:
+    """Leave out attention patterns that the model does not compute; complain if there is nothing else."""
+    decoder = find_decoder(model)
+    if decoder is None or decoder.is_eager:
+        return sites
+    kept = [site for site in sites if not site.endswith(".attn_pattern")]
+    if not kept:
+        raise CaptureError(
+            f"site {pattern!r}: {EAGER_ADVICE}, or call model.set_attn_implementation('eager'); "
+            f"found {decoder.attention!r}"
+        )
+    return kept
+
+
+def _not_found(
+    model: torch.nn.Module, pattern: str, uniform: Mapping[str, HookPoint], paths: Sequence[str]
+) -> SiteNotFoundError:
+    if uniform:
+        return SiteNotFoundError(pattern, [*uniform, *paths], where=type(model).__name__)
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    why = f"architecture {model_type!r} is unknown: " if model_type else ""
+    return SiteNotFoundError(
+        pattern, paths, where=f"{type(model).__name__} ({why}its sites are its module paths)"
+    )
+
+
+def _matching(pattern: str, names: Iterable[str]) -> list[str]:
+    if not any(character in pattern for character in "*?["):
+        return [pattern] if pattern in names else []
+    segments = pattern.split(".")
+    return [name for name in names if _match_segments(segments, name.split("."))]
+
+
+def _match_segments(pattern: list[str], name: list[str]) -> bool:
+    if not pattern or not name:
+        return all(segment == "**" for segment in pattern) and not name
+    if pattern[0] == "**":
+        return _match_segments(pattern[1:], name) or _match_segments(pattern, name[1:])
+    return fnmatchcase(name[0], pattern[0]) and _match_segments(pattern[1:], name[1:])
+
+
+def _is_language_model(module: torch.nn.Module) -> bool:
+    """Whether this looks like a Hugging Face model that takes token ids."""
+    if not hasattr(module, "config") or not callable(getattr(module, "get_input_embeddings", None)):
+        return False
+    return "input_ids" in inspect.signature(module.forward).parameters
