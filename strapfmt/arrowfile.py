@@ -1,7 +1,7 @@
 """Arrow IPC bytes: record batch messages whose bodies are aligned and hashed, and the footer that seals a file."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -11,9 +11,18 @@ import xxhash
 from strapfmt import spec
 from strapfmt.codecs import Codec
 
-__all__ = ["Block", "EncodedBatch", "MessageEncoder", "digest", "trailer"]
+__all__ = [
+    "Block",
+    "EncodedBatch",
+    "MessageEncoder",
+    "check_message",
+    "decoded_bytes",
+    "digest",
+    "message_bytes",
+    "trailer",
+]
 
-_PLACEHOLDER = b"0" * 32
+_BODY_PLACEHOLDER, _HEADER_PLACEHOLDER = b"b" * 32, b"h" * 32
 
 
 def digest(*pieces: bytes | pa.Buffer | memoryview) -> bytes:
@@ -37,7 +46,8 @@ class EncodedBatch:
     body_bytes : int
         Sum of the pieces.
     header_hash, body_hash : bytes
-        xxh3-128 of the two; the body's also stands in the header, so that a lone stream can be checked.
+        xxh3-128 of the two. The header's metadata holds the body's, and its own as it was before that was filled in, so
+        that a lone stream can be checked.
     """
 
     header: bytes
@@ -84,7 +94,8 @@ class MessageEncoder:
         if need:
             header, body = self._padded(batch, start, alignment, need)
         body_hash = digest(*body)
-        header = header.replace(_PLACEHOLDER, body_hash.hex().encode(), 1)
+        header = header.replace(_BODY_PLACEHOLDER, body_hash.hex().encode(), 1)
+        header = header.replace(_HEADER_PLACEHOLDER, digest(header).hex().encode(), 1)
         return EncodedBatch(
             header=header,
             body=tuple(body),
@@ -95,7 +106,9 @@ class MessageEncoder:
 
     def header_bytes(self) -> int:
         """Bytes of an unpadded header: the same for every batch of the schema."""
-        batch = pa.RecordBatch.from_arrays([pa.array([], field.type) for field in self.schema], schema=self.schema)
+        batch = pa.RecordBatch.from_arrays(
+            [pa.array([], field.type) for field in self.schema], schema=self.schema
+        )
         return len(self._pieces(batch, 0)[0])
 
     def _padded(
@@ -108,7 +121,11 @@ class MessageEncoder:
         raise AssertionError(f"no padding of about {need} bytes aligns a header at {start} to {alignment}")
 
     def _pieces(self, batch: pa.RecordBatch, pad: int) -> tuple[bytes, list[bytes | pa.Buffer]]:
-        metadata = {spec.BODY_HASH_KEY: _PLACEHOLDER, spec.PAD_KEY: b" " * pad}
+        metadata = {
+            spec.BODY_HASH_KEY: _BODY_PLACEHOLDER,
+            spec.HEADER_HASH_KEY: _HEADER_PLACEHOLDER,
+            spec.PAD_KEY: b" " * pad,
+        }
         self._writer.write_batch(batch, custom_metadata=metadata)
         pieces = self._sink.take()
         marker, length = pieces[0], pieces[1]
@@ -176,11 +193,78 @@ def trailer(schema: pa.Schema, blocks: Sequence[Block]) -> bytes:
     return spec.IPC_END + bytes(footer) + struct.pack("<i", footer_bytes) + spec.IPC_MAGIC
 
 
+def message_bytes(memory: memoryview, offset: int) -> tuple[int, int] | None:
+    """Return the bytes of header and body of the message at `offset`, or None where no complete message lies.
+
+    Nothing is believed but that the lengths stay inside `memory`.
+    """
+    if offset + 8 > len(memory):
+        return None
+    marker, size = struct.unpack_from("<Ii", memory, offset)
+    if marker != 0xFFFFFFFF or not 0 < size <= min(spec.MAX_HEADER_BYTES, len(memory) - offset - 8):
+        return None
+    message = memory[offset + 8 : offset + 8 + size]
+    try:
+        (body_bytes,) = struct.unpack_from("<q", message, _field(message, _root(message), 3))
+    except (ValueError, struct.error):
+        return None
+    if not 0 <= body_bytes <= len(memory) - offset - 8 - size:
+        return None
+    return size + 8, body_bytes
+
+
+def check_message(header: memoryview, body: memoryview, metadata: Mapping[bytes, bytes]) -> bool:
+    """Return whether a record batch message agrees with the two hashes that its own metadata holds."""
+    header_hash = metadata.get(spec.HEADER_HASH_KEY.encode(), b"?" * 32)
+    if metadata.get(spec.BODY_HASH_KEY.encode()) != digest(body).hex().encode():
+        return False
+    return digest(bytes(header).replace(header_hash, _HEADER_PLACEHOLDER, 1)).hex().encode() == header_hash
+
+
+def decoded_bytes(header: bytes | memoryview, body: memoryview) -> int:
+    """Return what the compressed buffers of a record batch say they expand to, in bytes, without expanding them.
+
+    Raises
+    ------
+    ValueError, struct.error
+        If an offset or a length points outside.
+    """
+    message = memoryview(header)[8:]
+    table = _follow(message, _field(message, _root(message), 2))
+    vector = _follow(message, _field(message, table, 2))
+    (count,) = struct.unpack_from("<I", message, vector)
+    total = 0
+    for at in range(vector + 4, vector + 4 + 16 * count, 16):
+        offset, length = struct.unpack_from("<qq", message, at)
+        if length == 0:
+            continue
+        if offset < 0 or length < 8 or offset + length > len(body):
+            raise ValueError(f"a compressed buffer at {offset} of {length} bytes in a body of {len(body)}")
+        (size,) = struct.unpack_from("<q", body, offset)
+        if size < -1:
+            raise ValueError(f"a compressed buffer says it expands to {size} bytes")
+        total += length - 8 if size == -1 else size
+    return total
+
+
 def _record_batches(footer: bytearray) -> int:
     """Return where the vector `recordBatches` (field 3 of the flatbuffer table `Footer`) begins."""
-    (table,) = struct.unpack_from("<I", footer, 0)
-    (to_vtable,) = struct.unpack_from("<i", footer, table)
-    (slot,) = struct.unpack_from("<H", footer, table - to_vtable + 4 + 2 * 3)
-    field = table + slot
-    (to_vector,) = struct.unpack_from("<I", footer, field)
-    return int(field + to_vector)
+    view = memoryview(footer)
+    return _follow(view, _field(view, _root(view), 3))
+
+
+def _root(buffer: memoryview) -> int:
+    return int(struct.unpack_from("<I", buffer, 0)[0])
+
+
+def _follow(buffer: memoryview, at: int) -> int:
+    return at + int(struct.unpack_from("<I", buffer, at)[0])
+
+
+def _field(buffer: memoryview, table: int, number: int) -> int:
+    """Return where field `number` of a flatbuffer table lies."""
+    (to_vtable,) = struct.unpack_from("<i", buffer, table)
+    (slot,) = struct.unpack_from("<H", buffer, table - to_vtable + 4 + 2 * number)
+    if slot == 0 or table - to_vtable < 0:
+        raise ValueError(f"a flatbuffer table has no field {number}")
+    return int(table + slot)

@@ -98,7 +98,7 @@ def _find_sync_file_range() -> Callable[..., int] | None:
     except (AttributeError, OSError):
         return None
     function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 _sync_file_range = _find_sync_file_range()
@@ -152,7 +152,7 @@ class IoThread:
             if self._failure is None:
                 try:
                     job()
-                except BaseException as error:
+                except BaseException as error:  # noqa: BLE001 - kept, and raised where the caller waits
                     failure = error
             del job, entry
             with self._changed:

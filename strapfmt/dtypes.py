@@ -57,7 +57,9 @@ class DType:
 
         dtype = getattr(torch, self.name, None)
         if not isinstance(dtype, torch.dtype):
-            raise ArgumentError(f"this PyTorch ({torch.__version__}) has no dtype {self.name!r}; install a newer one")
+            raise ArgumentError(
+                f"this PyTorch ({torch.__version__}) has no dtype {self.name!r}; install a newer one"
+            )
         return dtype
 
 

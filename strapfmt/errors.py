@@ -118,7 +118,9 @@ class SiteNotFoundError(StrapfmtError, LookupError):
         self.site, self.stored = site, list(stored)
         self.near = near_misses(site, self.stored)
         hint = f"; did you mean {', '.join(map(repr, self.near))}?" if self.near else ""
-        shown = ", ".join(self.stored[:8]) + (f", ... ({len(self.stored)} in all)" if len(self.stored) > 8 else "")
+        shown = ", ".join(self.stored[:8]) + (
+            f", ... ({len(self.stored)} in all)" if len(self.stored) > 8 else ""
+        )
         super().__init__(f"no site {site!r} in {where}{hint} There are: {shown or 'none'}")
 
 

@@ -1,8 +1,8 @@
 """The binary index of a shard: where each record batch lies, its hashes, and which rows it holds.
 
 Layout (little-endian): a header of 128 bytes, `n_batches` entries of 96 bytes, `n_runs` runs of 16 bytes, and the
-xxh3-128 of everything before. A run says that rows `row, row + 1, ...` lie at ordinals `ordinal, ordinal + 1, ...` up to
-the next run.
+xxh3-128 of everything before. A run says that rows `row, row + 1, ...` lie at ordinals `ordinal, ordinal + 1, ...`
+up to the next run.
 """
 
 import struct
@@ -106,19 +106,29 @@ class ShardIndex:
             If a newer version wrote it.
         """
         if len(data) < spec.INDEX_HEADER_BYTES + 16:
-            raise CorruptError(f"{where}: expected an index of at least {spec.INDEX_HEADER_BYTES + 16} bytes, got {len(data)}")
+            raise CorruptError(
+                f"{where}: expected an index of at least {spec.INDEX_HEADER_BYTES + 16} bytes, got {len(data)}"
+            )
         if bytes(data[:8]) != spec.INDEX_MAGIC:
             raise CorruptError(f"{where}: expected the magic {spec.INDEX_MAGIC!r}, got {bytes(data[:8])!r}")
         if digest(memoryview(data)[:-16]) != bytes(data[-16:]):
             raise CorruptError(f"{where}: the index's checksum does not match its bytes")
         _, version, flags, n_batches, n_runs, n_rows, prefix, prefix_hash, *end = _HEADER.unpack_from(data)
         if version > spec.FORMAT_VERSION:
-            raise UnsupportedError(f"{where}: index of version {version}, this reader knows {spec.FORMAT_VERSION}")
-        size = spec.INDEX_HEADER_BYTES + n_batches * spec.INDEX_BATCH_BYTES + n_runs * spec.INDEX_RUN_BYTES + 16
+            raise UnsupportedError(
+                f"{where}: index of version {version}, this reader knows {spec.FORMAT_VERSION}"
+            )
+        size = (
+            spec.INDEX_HEADER_BYTES + n_batches * spec.INDEX_BATCH_BYTES + n_runs * spec.INDEX_RUN_BYTES + 16
+        )
         if size != len(data) or flags & ~(_SEALED | _HAS_TAIL):
-            raise CorruptError(f"{where}: {n_batches} batches and {n_runs} runs need {size} bytes, got {len(data)}")
+            raise CorruptError(
+                f"{where}: {n_batches} batches and {n_runs} runs need {size} bytes, got {len(data)}"
+            )
         batches = np.frombuffer(data, BATCH_DTYPE, n_batches, spec.INDEX_HEADER_BYTES)
-        runs = np.frombuffer(data, RUN_DTYPE, n_runs, spec.INDEX_HEADER_BYTES + n_batches * spec.INDEX_BATCH_BYTES)
+        runs = np.frombuffer(
+            data, RUN_DTYPE, n_runs, spec.INDEX_HEADER_BYTES + n_batches * spec.INDEX_BATCH_BYTES
+        )
         index = cls(
             batches=batches,
             runs=runs,
@@ -147,7 +157,9 @@ class ShardIndex:
     def data_hash(self, *, tail: bool = False) -> bytes:
         """Return the hash of the data file (or the tail file): that of its parts' hashes, in order."""
         batches = self.batches[-1:] if tail else self.batches[:-1] if self.has_tail else self.batches
-        hashes = np.ascontiguousarray(batches[["header_hash", "body_hash"]].astype([("h", "V16"), ("b", "V16")]))
+        hashes = np.ascontiguousarray(
+            batches[["header_hash", "body_hash"]].astype([("h", "V16"), ("b", "V16")])
+        )
         ends_here = self.is_sealed or tail
         return digest(self.prefix_hash, hashes.tobytes(), self.trailer_hash if ends_here else b"")
 
@@ -164,7 +176,9 @@ class ShardIndex:
             problems.append("offset, body_bytes: expected less than 2^62")
         else:
             ends = inner["offset"] + inner["header_bytes"].astype(np.uint64) + inner["body_bytes"]
-            starts = np.concatenate([inner["offset"], [self.trailer_offset] if self.is_sealed else []]).astype(np.uint64)
+            starts = np.concatenate(
+                [inner["offset"], [self.trailer_offset] if self.is_sealed else []]
+            ).astype(np.uint64)
             expected = np.concatenate([[self.prefix_bytes], ends]).astype(np.uint64)[: len(starts)]
             if not np.array_equal(starts, expected):
                 problems.append("offset: expected each message to begin where the one before ends")

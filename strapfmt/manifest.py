@@ -87,7 +87,7 @@ class Layout:
     ----------
     kind : {"rows", "strided", "plain"}
         "rows": every body begins at a multiple of the row's bytes (and of 64), the file is one 2-D tensor.
-        "strided": bodies begin at multiples of 64, at a constant stride where the columns allow it. "plain": no promise.
+        "strided": bodies begin at multiples of 64, at one stride where the columns allow it. "plain": no promise.
     batch_rows : int
         Rows of every record batch but a shard's last; 0 where batches vary (ragged sites, tables).
     """
@@ -172,7 +172,9 @@ class Manifest:
 
     def encode(self) -> bytes:
         """Return the file's bytes; the checksum of all before it comes last."""
-        body = json.dumps(_to_json(self), separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()[:-1]
+        body = json.dumps(_to_json(self), separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()[
+            :-1
+        ]
         return body + b',"hash":"' + digest(body).hex().encode() + b'"}\n'
 
     @classmethod
@@ -314,7 +316,13 @@ class _Fields:
         return bool(self.get(key, "true or false", lambda v: isinstance(v, bool), False))
 
     def text(self, key: str, choices: tuple[str, ...] = (), pattern: re.Pattern[str] | None = None) -> str:
-        what = f"one of {', '.join(choices)}" if choices else f"text like {pattern.pattern}" if pattern else "text"
+        what = (
+            f"one of {', '.join(choices)}"
+            if choices
+            else f"text like {pattern.pattern}"
+            if pattern
+            else "text"
+        )
         default = choices[0] if choices else ""
         return str(
             self.get(
@@ -335,7 +343,9 @@ class _Fields:
 
     def texts(self, key: str) -> tuple[str, ...]:
         return tuple(
-            self.get(key, "an array of text", lambda v: isinstance(v, list) and all(type(x) is str for x in v), [])
+            self.get(
+                key, "an array of text", lambda v: isinstance(v, list) and all(type(x) is str for x in v), []
+            )
         )
 
     def inner(self, key: str) -> "_Fields":
@@ -423,7 +433,9 @@ def _site(fields: _Fields) -> SiteEntry:
         spec=site,
         layout=Layout(kind=layout.text("kind", LAYOUTS), batch_rows=layout.integer("batch_rows", 0, 1 << 32)),
         counts=Counts(
-            expected=counts.integer("expected"), written=counts.integer("written"), dropped=counts.integer("dropped")
+            expected=counts.integer("expected"),
+            written=counts.integer("written"),
+            dropped=counts.integer("dropped"),
         ),
         derived_from=fields.texts("derived_from"),
         shards=_shards(fields, has_rows=True),
@@ -443,7 +455,8 @@ def _shards(fields: _Fields, *, has_rows: bool) -> tuple[Shard, ...]:
         if shard.first_row is not None and shard.last_row is not None:
             if not previous < shard.first_row <= shard.last_row - shard.n_rows + 1:
                 inner.problems.append(
-                    f"{inner.path}: expected {shard.n_rows} rows after {previous}, got {shard.first_row}..{shard.last_row}"
+                    f"{inner.path}: expected {shard.n_rows} rows after {previous}, "
+                    f"got {shard.first_row}..{shard.last_row}"
                 )
             previous = shard.last_row
         shards.append(shard)
@@ -466,7 +479,9 @@ def _shard(fields: _Fields, *, has_rows: bool) -> Shard:
         )
     roles = [part.role for part in parts if part.role in ROLES]
     if sorted(roles) != sorted(set(roles)) or not {"data", "index"} <= set(roles):
-        fields.problems.append(f"{fields.path}.parts: expected one data, one index and at most one tail, got {roles}")
+        fields.problems.append(
+            f"{fields.path}.parts: expected one data, one index and at most one tail, got {roles}"
+        )
     return Shard(
         n_rows=fields.integer("n_rows", 1),
         first_row=fields.integer("first_row") if has_rows else None,

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
@@ -12,7 +12,7 @@ from strapfmt.codecs import get_codec
 from strapfmt.dtypes import DType, get_dtype
 from strapfmt.errors import ArgumentError
 
-__all__ = ["ROW_SPACES", "TABLE_SCHEMAS", "SiteSpec", "site_schema"]
+__all__ = ["ROW_SPACES", "TABLE_SCHEMAS", "SiteSpec", "read_site", "site_schema", "with_session"]
 
 ROW_SPACES = ("tokens", "own")
 
@@ -96,11 +96,15 @@ def _problems(site: SiteSpec) -> list[str]:
     if any(size == 0 or size < -1 for size in site.shape):
         problems.append(f"shape: expected sizes >= 1, or -1 for a varying one; got {site.shape}")
     elif not site.is_ragged and site.row_values > spec.MAX_ROW_VALUES:
-        problems.append(f"shape: expected at most {spec.MAX_ROW_VALUES} values in a row, got {site.row_values}")
+        problems.append(
+            f"shape: expected at most {spec.MAX_ROW_VALUES} values in a row, got {site.row_values}"
+        )
     if site.row_space not in ROW_SPACES:
         problems.append(f"row_space: expected one of {', '.join(ROW_SPACES)}; got {site.row_space!r}")
     if site.statistics != tuple(name for name in spec.STATISTICS if name in site.statistics):
-        problems.append(f"statistics: expected a subset of {spec.STATISTICS} in that order, got {site.statistics}")
+        problems.append(
+            f"statistics: expected a subset of {spec.STATISTICS} in that order, got {site.statistics}"
+        )
     return problems
 
 
@@ -125,12 +129,40 @@ def site_schema(site: SiteSpec) -> pa.Schema:
         pa.field(name, pa.int32() if name == "n_nonfinite" else pa.float32(), nullable=False)
         for name in site.statistics
     )
-    return pa.schema(fields, metadata={"strapfmt.site": site.name, "strapfmt.version": str(spec.FORMAT_VERSION)})
+    return pa.schema(
+        fields, metadata={spec.SPEC_KEY: json.dumps(asdict(site)), spec.VERSION_KEY: str(spec.FORMAT_VERSION)}
+    )
+
+
+def with_session(schema: pa.Schema, session: int) -> pa.Schema:
+    """Return `schema` with the number of the session that writes it, which repair needs."""
+    return schema.with_metadata({**schema.metadata, spec.SESSION_KEY: str(session)})
+
+
+def read_site(schema: pa.Schema) -> SiteSpec | None:
+    """Return the site that a shard's schema describes, or None for a table's.
+
+    Raises
+    ------
+    ArgumentError
+        If the description is damaged.
+    """
+    text = (schema.metadata or {}).get(spec.SPEC_KEY.encode())
+    if text is None:
+        return None
+    try:
+        fields = json.loads(text)
+        fields |= {"shape": tuple(fields["shape"]), "statistics": tuple(fields["statistics"])}
+        site = SiteSpec(**fields)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ArgumentError(f"the schema's description of its site is damaged: {error}") from error
+    site.check_known()
+    return site
 
 
 def _table(name: str, columns: Mapping[str, tuple[pa.DataType, bool]]) -> pa.Schema:
     fields = [pa.field(column, kind, nullable=nullable) for column, (kind, nullable) in columns.items()]
-    return pa.schema(fields, metadata={"strapfmt.table": name, "strapfmt.version": str(spec.FORMAT_VERSION)})
+    return pa.schema(fields, metadata={spec.TABLE_KEY: name, spec.VERSION_KEY: str(spec.FORMAT_VERSION)})
 
 
 _I32, _I64, _TEXT = pa.int32(), pa.int64(), pa.utf8()

@@ -127,7 +127,9 @@ class ShardWriter:
             encoded = self._encoder.encode(tail.batch, start=start, alignment=self._alignment)
             end = trailer(self._encoder.schema, [Block(start, len(encoded.header), encoded.body_bytes)])
             index = self._index(sealed=False, tail=self._entry(encoded, tail, start), end=end, rows=tail.rows)
-            parts.append(self._publish_tail(stem, [self._encoder.prefix, encoded.header, *encoded.body, end], index))
+            parts.append(
+                self._publish_tail(stem, [self._encoder.prefix, encoded.header, *encoded.body, end], index)
+            )
         parts.insert(0, self._data_part(spec.OPEN_SUFFIX, index.data_hash()))
         self._io.submit(self._sync)
         parts.append(self._publish_index(stem, index))
@@ -158,9 +160,13 @@ class ShardWriter:
 
     def _entry(self, encoded: EncodedBatch, batch: RowBatch, offset: int) -> npt.NDArray[np.void]:
         entry = np.zeros((), BATCH_DTYPE)
-        entry["offset"], entry["header_bytes"], entry["body_bytes"] = offset, len(encoded.header), encoded.body_bytes
+        entry["offset"], entry["header_bytes"], entry["body_bytes"] = (
+            offset,
+            len(encoded.header),
+            encoded.body_bytes,
+        )
         entry["n_rows"], entry["first_ordinal"] = batch.batch.num_rows, self._n_rows
-        entry["raw_bytes"], entry["n_values"] = batch.batch.nbytes, batch.n_values
+        entry["raw_bytes"], entry["n_values"] = _raw_bytes(batch.batch), batch.n_values
         entry["first_row"] = -1 if batch.rows is None else batch.rows[0]
         entry["first_run"] = self._n_runs
         entry["header_hash"], entry["body_hash"] = np.void(encoded.header_hash), np.void(encoded.body_hash)
@@ -187,7 +193,9 @@ class ShardWriter:
     ) -> ShardIndex:
         entries = self._entries + ([tail] if tail is not None else [])
         runs = self._runs + ([self._new_runs(rows)] if rows is not None else [])
-        end_offset = self._offset if tail is None else int(tail["offset"] + tail["header_bytes"] + tail["body_bytes"])
+        end_offset = (
+            self._offset if tail is None else int(tail["offset"] + tail["header_bytes"] + tail["body_bytes"])
+        )
         return ShardIndex(
             batches=np.array(entries, BATCH_DTYPE),
             runs=np.concatenate(runs) if runs else np.empty(0, RUN_DTYPE),
@@ -218,12 +226,18 @@ class ShardWriter:
 
     def _data_part(self, suffix: str, data_hash: bytes) -> Part:
         return Part(
-            role="data", file=self._stem + suffix, codec=self._codec, n_bytes=self._offset, hash=data_hash.hex()
+            role="data",
+            file=self._stem + suffix,
+            codec=self._codec,
+            n_bytes=self._offset,
+            hash=data_hash.hex(),
         )
 
     def _supersede(self) -> None:
         if self._committed is not None:
-            self.superseded += [self._root / p.file for p in self._committed.parts if p.role in ("tail", "index")]
+            self.superseded += [
+                self._root / p.file for p in self._committed.parts if p.role in ("tail", "index")
+            ]
 
     def _publish_tail(self, stem: str, pieces: list[bytes | memoryview], index: ShardIndex) -> Part:
         file, n_bytes = stem + spec.TAIL_SUFFIX, sum(map(len, pieces))
@@ -244,7 +258,9 @@ class ShardWriter:
         def job() -> None:
             self._disk.write(self._fd, [encoded.header, *encoded.body], offset)
             if offset + encoded.n_bytes - self._unsynced_from >= _WRITEBACK_BYTES:
-                self._disk.start_writeback(self._fd, self._unsynced_from, offset + encoded.n_bytes - self._unsynced_from)
+                self._disk.start_writeback(
+                    self._fd, self._unsynced_from, offset + encoded.n_bytes - self._unsynced_from
+                )
                 self._unsynced_from = offset + encoded.n_bytes
             if release is not None:
                 release()
@@ -266,4 +282,12 @@ class ShardWriter:
         self._disk.close(self._fd)
         self._fd = -1
         name = self._root / self._stem
-        self._disk.rename(name.with_name(name.name + spec.OPEN_SUFFIX), name.with_name(name.name + spec.DATA_SUFFIX))
+        self._disk.rename(
+            name.with_name(name.name + spec.OPEN_SUFFIX), name.with_name(name.name + spec.DATA_SUFFIX)
+        )
+
+
+def _raw_bytes(batch: pa.RecordBatch) -> int:
+    """Return the bytes of a batch's body before compression, each buffer padded to 8."""
+    buffers = [buffer for column in batch.columns for buffer in column.buffers() if buffer is not None]
+    return sum(-(-buffer.size // 8) * 8 for buffer in buffers)

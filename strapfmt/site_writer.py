@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,12 @@ class ShardSeries:
         session: int,
         done: Sequence[Shard] = (),
     ) -> None:
-        self._make = lambda number: ShardWriter(
+        self._make = partial(
+            ShardWriter,
             disk=disk,
             io=io,
             root=root,
             directory=directory,
-            number=number,
             encoder=encoder,
             codec=codec,
             alignment=alignment,
@@ -105,7 +106,7 @@ class ShardSeries:
 
     def _writer(self) -> ShardWriter:
         if self._open is None:
-            self._open = self._make(self._number)
+            self._open = self._make(number=self._number)
             self._number += 1
         return self._open
 
@@ -160,7 +161,14 @@ class SiteWriter:
     """
 
     def __init__(
-        self, site: SiteSpec, layout: Layout, series: ShardSeries, *, counts: Counts, last_row: int, batch_bytes: int
+        self,
+        site: SiteSpec,
+        layout: Layout,
+        series: ShardSeries,
+        *,
+        counts: Counts,
+        last_row: int,
+        batch_bytes: int,
     ) -> None:
         self.site, self.layout = site, layout
         self.schema = site_schema(site)
@@ -169,7 +177,11 @@ class SiteWriter:
         self.expected, self.written, self.dropped = counts.expected, counts.written, counts.dropped
         self.last_row = last_row
         self._pending = _Pending()
-        self._pool = None if site.is_ragged else _BufferPool(layout.batch_rows * site.row_values, site.stored_dtype.numpy)
+        self._pool = (
+            None
+            if site.is_ragged
+            else _BufferPool(layout.batch_rows * site.row_values, site.stored_dtype.numpy)
+        )
         self._buffer: Array | None = None
 
     def write(

@@ -10,6 +10,7 @@ __all__ = [
     "EXTENSION_NAME",
     "FORMAT_NAME",
     "FORMAT_VERSION",
+    "HEADER_HASH_KEY",
     "INDEX_BATCH_BYTES",
     "INDEX_HEADER_BYTES",
     "INDEX_MAGIC",
@@ -21,6 +22,7 @@ __all__ = [
     "LOCK_NAME",
     "MANIFEST_HASH_SUFFIX_BYTES",
     "MANIFEST_NAME",
+    "MAX_BATCH_BYTES",
     "MAX_DUCKDB_ARRAY",
     "MAX_HEADER_BYTES",
     "MAX_INDEX_BYTES",
@@ -35,14 +37,18 @@ __all__ = [
     "PAD_KEY",
     "RANK_DIRECTORY",
     "RANK_SHIFT",
+    "SESSION_KEY",
     "SHARD_TARGET_BYTES",
     "SITES_DIRECTORY",
     "SPARE_LIMIT",
+    "SPEC_KEY",
     "STATISTICS",
     "TABLES",
     "TABLES_DIRECTORY",
+    "TABLE_KEY",
     "TAIL_SUFFIX",
     "TMP_SUFFIX",
+    "VERSION_KEY",
 ]
 
 FORMAT_NAME = "strapfmt"
@@ -72,7 +78,12 @@ IPC_PREFIX = b"ARROW1\x00\x00"
 IPC_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 EXTENSION_NAME = "strapfmt.tensor"
 BODY_HASH_KEY = "strapfmt.body"
+HEADER_HASH_KEY = "strapfmt.header"
 PAD_KEY = "strapfmt.pad"
+SPEC_KEY = "strapfmt.site"
+TABLE_KEY = "strapfmt.table"
+SESSION_KEY = "strapfmt.session"
+VERSION_KEY = "strapfmt.version"
 ALIGNMENT_BYTES = 64
 SPARE_LIMIT = 0.01
 BATCH_TARGET_BYTES = 4 << 20
@@ -91,6 +102,7 @@ MANIFEST_HASH_SUFFIX_BYTES = 44
 MAX_MANIFEST_BYTES = 256 << 20
 MAX_INDEX_BYTES = 1 << 30
 MAX_HEADER_BYTES = 64 << 20
+MAX_BATCH_BYTES = 1 << 34
 MAX_NAME_BYTES = 1024
 MAX_NDIM = 8
 MAX_ROW_VALUES = (1 << 31) - 1

@@ -1,6 +1,8 @@
 """Owns how text from a model is shown to a person: never as raw control or direction characters."""
 
-__all__ = ["visible"]
+from collections.abc import Sequence
+
+__all__ = ["table_of", "visible"]
 
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\"}
 
@@ -45,3 +47,13 @@ def _visible_character(character: str) -> str:
     if code <= 0xFF:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+
+def table_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return aligned columns of safe text: a header line, then a line a row."""
+    cells = [list(header), *([visible(cell, 60) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    )

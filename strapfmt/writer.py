@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from strapfmt import spec
 from strapfmt.arrowfile import MessageEncoder
@@ -29,7 +30,7 @@ from strapfmt.errors import (
 )
 from strapfmt.layout import body_alignment, plan_layout
 from strapfmt.manifest import COUNTERS, Counts, Layout, Manifest, Shard, SiteEntry, file_slug
-from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, site_schema
+from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, site_schema, with_session
 from strapfmt.site_writer import ShardSeries, SiteWriter, TableWriter
 
 __all__ = ["COMMIT_INTERVAL_S", "DatasetWriter", "SiteCount", "WriteSummary"]
@@ -118,16 +119,18 @@ class DatasetWriter:
         check_writable(path, rank=rank, mode=mode)
         get_codec(codec)
         if batch_bytes < 1 or shard_bytes < 1 or commit_interval_s < 0:
-            raise ArgumentError("batch_bytes and shard_bytes: expected >= 1; commit_interval_s: expected >= 0")
+            raise ArgumentError(
+                "batch_bytes and shard_bytes: expected >= 1; commit_interval_s: expected >= 0"
+            )
         self.path, self.rank, self.codec = Path(path), rank or 0, codec
         self._batch_bytes, self._shard_bytes = batch_bytes, shard_bytes
         self._commit_interval_s = commit_interval_s
         self._disk = disk or Disk()
         self._root = self.path / spec.RANK_DIRECTORY.format(rank=self.rank)
         self._lock, self._manifest = self._claim(mode, sole=rank is None)
-        session = {"started_ns": time.time_ns(), **(provenance or {})}
-        self._sessions = [*self._manifest.sessions, session]
         self._counters = dict(self._manifest.counters)
+        session = {**(provenance or {}), "started_ns": time.time_ns(), "counters": dict(self._counters)}
+        self._sessions = [*self._manifest.sessions, session]
         self._counting = threading.Lock()
         self._sites: dict[str, SiteWriter] = {}
         self._tables: dict[str, TableWriter] = {}
@@ -158,6 +161,11 @@ class DatasetWriter:
                 raise ArgumentError(f"{kind}: a rank holds at most 2^{spec.COUNTER_BITS} of them")
             self._counters[kind] = first + n
         return self.rank << spec.RANK_SHIFT | first
+
+    def skip_to(self, counters: Mapping[str, int]) -> None:
+        """Never reserve a number below these (by kind, without the rank's bits), as they are used elsewhere."""
+        with self._counting:
+            self._counters = {kind: max(n, counters.get(kind, 0)) for kind, n in self._counters.items()}
 
     def add_site(self, site: SiteSpec) -> None:
         """Declare a site; again with an equal spec is nothing.
@@ -213,7 +221,9 @@ class DatasetWriter:
             raise SiteNotFoundError(site, self._sites, "this writer (declare it with add_site)")
         writer = self._sites[site]
         n_rows = _check_values(writer.site, values, shapes)
-        columns = _check_columns(writer.site, n_rows, rows, statistics, token_row, call, writer.last_row, self.rank)
+        columns = _check_columns(
+            writer.site, n_rows, rows, statistics, token_row, call, writer.last_row, self.rank
+        )
         if n_rows == 0:
             return
         self._n_bytes += values.nbytes
@@ -316,7 +326,12 @@ class DatasetWriter:
             raise DatasetExistsError(_exists(self.path, self.rank)) from None
         now = time.time_ns()
         return Lock(self._root), Manifest(
-            rank=self.rank, writer_id=uuid.uuid4().hex, commit=-1, is_clean=False, created_ns=now, committed_ns=now
+            rank=self.rank,
+            writer_id=uuid.uuid4().hex,
+            commit=-1,
+            is_clean=False,
+            created_ns=now,
+            committed_ns=now,
         )
 
     def _read_manifest(self, lock: Lock) -> Manifest:
@@ -352,10 +367,14 @@ class DatasetWriter:
 
     def _open_site(self, site: SiteSpec) -> SiteWriter:
         entry = next((entry for entry in self._manifest.sites if entry.spec.name == site.name), None)
-        encoder = MessageEncoder(site_schema(site), get_codec(site.codec))
+        encoder = self._encoder(site_schema(site), site.codec)
         layout = entry.layout if entry else plan_layout(site, encoder.header_bytes(), self._batch_bytes)
         series = self._series(
-            f"{spec.SITES_DIRECTORY}/{file_slug(site.name)}", encoder, site, layout, entry.shards if entry else ()
+            f"{spec.SITES_DIRECTORY}/{file_slug(site.name)}",
+            encoder,
+            site,
+            layout,
+            entry.shards if entry else (),
         )
         return SiteWriter(
             site,
@@ -369,15 +388,23 @@ class DatasetWriter:
     def _table(self, name: str) -> TableWriter:
         if name not in self._tables:
             entry = next((entry for entry in self._manifest.tables if entry.name == name), None)
-            encoder = MessageEncoder(TABLE_SCHEMAS[name], get_codec("none"))
+            encoder = self._encoder(TABLE_SCHEMAS[name], "none")
             directory = f"{spec.TABLES_DIRECTORY}/{name}"
             self._tables[name] = TableWriter(
                 name, self._series(directory, encoder, None, Layout(), entry.shards if entry else ())
             )
         return self._tables[name]
 
+    def _encoder(self, schema: pa.Schema, codec: str) -> MessageEncoder:
+        return MessageEncoder(with_session(schema, len(self._sessions) - 1), get_codec(codec))
+
     def _series(
-        self, directory: str, encoder: MessageEncoder, site: SiteSpec | None, layout: Layout, done: Sequence[Shard]
+        self,
+        directory: str,
+        encoder: MessageEncoder,
+        site: SiteSpec | None,
+        layout: Layout,
+        done: Sequence[Shard],
     ) -> ShardSeries:
         return ShardSeries(
             disk=self._disk,
@@ -391,6 +418,12 @@ class DatasetWriter:
             session=len(self._sessions) - 1,
             done=done,
         )
+
+    def _all_series(self) -> list[ShardSeries]:
+        return [
+            *(table.series for table in self._tables.values()),
+            *(site.series for site in self._sites.values()),
+        ]
 
     def _flush_tables(self) -> None:
         for table in self._tables.values():
@@ -415,14 +448,16 @@ class DatasetWriter:
             tables=tuple({entry.name: entry for entry in (*self._manifest.tables, *tables)}.values()),
             optional_features=self._manifest.optional_features,
         )
-        all_series = [writer.series for writer in (*self._tables.values(), *self._sites.values())]
+        all_series = self._all_series()
         directories = [series.directory for series in all_series if series.take_changed()]
         superseded = [path for series in all_series for path in series.take_superseded()]
         data = self._manifest.encode()
         self._io.submit(lambda: self._publish(data, directories, superseded, number))
         self._last_commit = time.monotonic()
 
-    def _publish(self, data: bytes, directories: Sequence[Path], superseded: Sequence[Path], number: int) -> None:
+    def _publish(
+        self, data: bytes, directories: Sequence[Path], superseded: Sequence[Path], number: int
+    ) -> None:
         """Publish a manifest; runs on the I/O thread, behind everything that the manifest names."""
         for directory in directories:
             self._disk.sync_directory(directory)
@@ -439,8 +474,8 @@ class DatasetWriter:
     def _end(self, how: str) -> None:
         self._closed = how
         self._io.stop()
-        for writer in (*self._tables.values(), *self._sites.values()):
-            writer.series.close()
+        for series in self._all_series():
+            series.close()
         self._lock.release()
 
 
@@ -459,9 +494,8 @@ def check_writable(path: str | Path, *, rank: int | None = None, mode: str = "cr
     if path.suffix != spec.DATASET_SUFFIX:
         raise ArgumentError(f"path: a dataset's name ends in {spec.DATASET_SUFFIX!r}; got {str(path)!r}")
     root = path / spec.RANK_DIRECTORY.format(rank=rank or 0)
-    if mode == "append" and not (root / spec.MANIFEST_NAME).exists():
-        if rank is None or not path.is_dir():
-            raise DatasetNotFoundError(f"{path}: no dataset to append to; use mode='create'")
+    if mode == "append" and not (root / spec.MANIFEST_NAME).exists() and (rank is None or not path.is_dir()):
+        raise DatasetNotFoundError(f"{path}: no dataset to append to; use mode='create'")
     if path.exists() and not _is_dataset(path):
         raise DatasetExistsError(f"{path}: exists and is no strapfmt dataset; it is never overwritten")
     if mode == "create" and (root.exists() or (rank is None and path.exists() and any(path.iterdir()))):
@@ -476,7 +510,9 @@ def _exists(path: Path, rank: int) -> str:
 
 
 def _is_dataset(path: Path) -> bool:
-    return path.is_dir() and all(entry.name.startswith("rank-") and entry.is_dir() for entry in path.iterdir())
+    return path.is_dir() and all(
+        entry.name.startswith("rank-") and entry.is_dir() for entry in path.iterdir()
+    )
 
 
 def _last_row(entry: SiteEntry | None) -> int:
@@ -493,19 +529,32 @@ def _check_values(site: SiteSpec, values: Array, shapes: Array | None) -> int:
             f"got {contiguous}{values.dtype}"
         )
     if (shapes is not None) != site.is_ragged:
-        raise ArgumentError(f"site {site.name!r}: shapes: expected {'one a row' if site.is_ragged else 'none'}")
+        raise ArgumentError(
+            f"site {site.name!r}: shapes: expected {'one a row' if site.is_ragged else 'none'}"
+        )
     if shapes is None:
         if values.ndim != len(site.shape) + 1 or values.shape[1:] != site.shape:
-            raise ArgumentError(f"site {site.name!r}: values: expected [n, *{site.shape}], got {list(values.shape)}")
+            raise ArgumentError(
+                f"site {site.name!r}: values: expected [n, *{site.shape}], got {list(values.shape)}"
+            )
         return len(values)
-    if shapes.ndim != 2 or shapes.shape[1] != len(site.shape) or shapes.dtype.kind not in "iu" or np.any(shapes < 0):
-        raise ArgumentError(f"site {site.name!r}: shapes: expected int [n, {len(site.shape)}] >= 0, got {shapes.shape}")
+    if (
+        shapes.ndim != 2
+        or shapes.shape[1] != len(site.shape)
+        or shapes.dtype.kind not in "iu"
+        or np.any(shapes < 0)
+    ):
+        raise ArgumentError(
+            f"site {site.name!r}: shapes: expected int [n, {len(site.shape)}] >= 0, got {shapes.shape}"
+        )
     fixed = [i for i, size in enumerate(site.shape) if size >= 0]
     if np.any(shapes[:, fixed] != np.array([site.shape[i] for i in fixed])):
         raise ArgumentError(f"site {site.name!r}: shapes: expected rows of shape {site.shape} (-1: any size)")
     sizes = np.prod(shapes, axis=1, dtype=np.int64)
     if values.ndim != 1 or values.size != sizes.sum() or np.any(sizes > spec.MAX_ROW_VALUES):
-        raise ArgumentError(f"site {site.name!r}: values: expected [{sizes.sum()}] as the shapes say, got {values.shape}")
+        raise ArgumentError(
+            f"site {site.name!r}: values: expected [{sizes.sum()}] as the shapes say, got {values.shape}"
+        )
     return len(shapes)
 
 
@@ -530,7 +579,9 @@ def _check_columns(
         columns["call"] = _integers(site, "call", 0 if call is None else call, n_rows)
     else:
         if rows is None or token_row is not None or call is not None:
-            raise ArgumentError(f"site {site.name!r}: expected rows and neither token_row nor call (row space 'tokens')")
+            raise ArgumentError(
+                f"site {site.name!r}: expected rows and neither token_row nor call (row space 'tokens')"
+            )
         columns["row"] = _integers(site, "rows", rows, n_rows)
         _check_rows(site, columns["row"], last_row, rank)
     given = {} if statistics is None else dict(statistics)
@@ -539,14 +590,18 @@ def _check_columns(
     for name in site.statistics:
         columns[name] = np.array(given[name], np.int32 if name == "n_nonfinite" else np.float32)
         if columns[name].shape != (n_rows,):
-            raise ArgumentError(f"site {site.name!r}: {name}: expected [{n_rows}], got {list(columns[name].shape)}")
+            raise ArgumentError(
+                f"site {site.name!r}: {name}: expected [{n_rows}], got {list(columns[name].shape)}"
+            )
     return columns
 
 
 def _integers(site: SiteSpec, name: str, values: int | Array, n_rows: int) -> Array:
     array = np.asarray(values)
     if array.dtype.kind not in "iu" or array.shape not in ((), (n_rows,)):
-        raise ArgumentError(f"site {site.name!r}: {name}: expected int [{n_rows}], got {array.dtype} {list(array.shape)}")
+        raise ArgumentError(
+            f"site {site.name!r}: {name}: expected int [{n_rows}], got {array.dtype} {list(array.shape)}"
+        )
     return np.array(np.broadcast_to(array, (n_rows,)), np.int64)
 
 
@@ -558,4 +613,6 @@ def _check_rows(site: SiteSpec, rows: Array, last_row: int, rank: int) -> None:
             f"site {site.name!r}: rows: expected strictly increasing row ids above {last_row}, the last one written"
         )
     if rows[0] >> spec.RANK_SHIFT != rank or rows[-1] >> spec.RANK_SHIFT != rank:
-        raise ArgumentError(f"site {site.name!r}: rows: expected ids of rank {rank} (rank << {spec.RANK_SHIFT} | n)")
+        raise ArgumentError(
+            f"site {site.name!r}: rows: expected ids of rank {rank} (rank << {spec.RANK_SHIFT} | n)"
+        )

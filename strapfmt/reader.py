@@ -1,0 +1,441 @@
+"""Opens a dataset: the union of its ranks' manifests, its tables, and its sites as tensors and Arrow."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from strapfmt import spec
+from strapfmt.errors import (
+    ArgumentError,
+    CorruptError,
+    DatasetChangedError,
+    DatasetNotFoundError,
+    SiteNotFoundError,
+    UnsupportedError,
+)
+from strapfmt.manifest import Manifest, Shard
+from strapfmt.mapped import read_file
+from strapfmt.report import RankReport, Report, SiteReport, shape_text
+from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, site_schema
+from strapfmt.sequence import SequenceView
+from strapfmt.shard_reader import ShardReader
+from strapfmt.site import Site
+from strapfmt.text import table_of
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Reader", "SitesView", "TableView"]
+
+Array = npt.NDArray[Any]
+Verify = Literal["touch", "always"]
+_ATTEMPTS = 20
+_RANK_NAME = re.compile(r"rank-[0-9]{5,7}")
+
+
+class Reader:
+    """One committed state of a dataset.
+
+    Opening reads the manifests only; nothing grows with the bytes stored. `refresh` moves on to the last commit of
+    writers still at work; sites and tables taken before stay as they were.
+
+    Parameters
+    ----------
+    path : path
+    verify : {"touch", "always"}
+        "touch": `scan`, `to_arrow` and loaders compare the hash of each record batch when they first touch it;
+        `take`, views and SQL check metadata only. "always": these compare hashes too.
+
+    Raises
+    ------
+    DatasetNotFoundError, CorruptError, UnsupportedError
+    """
+
+    def __init__(self, path: str | Path, *, verify: Verify = "touch") -> None:
+        if verify not in ("touch", "always"):
+            raise ArgumentError(f"verify: expected 'touch' or 'always', got {verify!r}")
+        self.path, self.verify = Path(path), verify
+        self._shards: dict[tuple[Any, ...], ShardReader] = {}
+        self.refresh()
+
+    # State.
+
+    def refresh(self) -> bool:
+        """Move on to the last commit; return whether there was a newer one."""
+        before = getattr(self, "manifests", None)
+        for attempt in range(_ATTEMPTS):
+            manifests, self._pending = _read_manifests(self.path)
+            if manifests == before:
+                return False
+            try:
+                self._load(manifests)
+                return True
+            except DatasetChangedError:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def _load(self, manifests: dict[int, Manifest]) -> None:
+        before = self._shards
+        self._shards = {}
+        sites: dict[str, Site] = {}
+        names = [entry.spec.name for manifest in manifests.values() for entry in manifest.sites]
+        for name in dict.fromkeys(names):
+            sites[name] = self._load_site(name, manifests, before)
+        tables = {name: self._load_table(name, manifests, before) for name in TABLE_SCHEMAS}
+        for shard in self._shards.values():
+            if not shard.shard.is_sealed:
+                with contextlib.suppress(CorruptError):  # raised again when it is read
+                    shard.pin()
+        #: The manifest of each rank.
+        self.manifests = manifests
+        self._sites, self._tables = sites, tables
+
+    def _load_site(
+        self, name: str, manifests: Mapping[int, Manifest], before: Mapping[tuple[Any, ...], ShardReader]
+    ) -> Site:
+        entries = {r: e for r, m in manifests.items() for e in m.sites if e.spec.name == name}
+        first = next(iter(entries.values()))
+        problem = _unknown(first.spec)
+        for rank, entry in entries.items():
+            same = (entry.spec.dtype, entry.spec.shape, entry.spec.row_space, entry.spec.statistics)
+            if same != (first.spec.dtype, first.spec.shape, first.spec.row_space, first.spec.statistics):
+                problem = f"rank {rank} declares {entry.spec}, another rank {first.spec}"
+            if entry.derived_from:
+                problem = (
+                    f"it is derived from {', '.join(entry.derived_from)}, which this version cannot compute"
+                )
+        site = Site(
+            first.spec, first.layout, problem=problem, where=str(self.path), verify=self.verify == "always"
+        )
+        if problem:
+            return site
+        schema = site_schema(first.spec)
+        for rank, entry in entries.items():
+            make = partial(ShardReader, schema=schema, site=entry.spec, layout=entry.layout)
+            try:
+                for shard in entry.shards:
+                    site.add(self._shard(rank, shard, before, make))
+            except UnsupportedError as error:
+                return Site(first.spec, first.layout, problem=str(error), where=str(self.path))
+        return site
+
+    def _load_table(
+        self, name: str, manifests: Mapping[int, Manifest], before: Mapping[tuple[Any, ...], ShardReader]
+    ) -> TableView:
+        schema = TABLE_SCHEMAS[name]
+        shards = [
+            self._shard(rank, shard, before, partial(ShardReader, schema=schema))
+            for rank, manifest in manifests.items()
+            for entry in manifest.tables
+            if entry.name == name
+            for shard in entry.shards
+        ]
+        return TableView(name, schema, shards)
+
+    def _shard(
+        self,
+        rank: int,
+        shard: Shard,
+        before: Mapping[tuple[Any, ...], ShardReader],
+        make: Callable[[Path, Shard], ShardReader],
+    ) -> ShardReader:
+        """Return the reader of a shard, the same one as long as the shard is the same."""
+        key = (rank, *((part.file, part.hash) for part in shard.parts))
+        reader = before.get(key) or make(self.path / spec.RANK_DIRECTORY.format(rank=rank), shard)
+        self._shards[key] = reader
+        return reader
+
+    def close(self) -> None:
+        """Let go of all maps; tensors and tables that were handed out keep theirs alive."""
+        self._shards = {}
+        self._sites, self._tables = {}, {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Sites.
+
+    @property
+    def ranks(self) -> list[int]:
+        """Ranks with a manifest."""
+        return list(self.manifests)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the sites, in the order they were declared."""
+        return list(self._sites)
+
+    @property
+    def sites(self) -> SitesView:
+        """The sites by name."""
+        return SitesView(self._sites)
+
+    def __getitem__(self, name: str) -> Site:
+        if name not in self._sites:
+            raise SiteNotFoundError(name, self._sites)
+        return self._sites[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sites
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def tensors(
+        self, names: Sequence[str], rows: npt.ArrayLike | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the same tokens of several sites.
+
+        Parameters
+        ----------
+        names : sequence of str
+            Sites whose row space is that of the tokens.
+        rows : int64 [n], optional
+            Row ids. None: all rows that every one of the sites holds.
+
+        Returns
+        -------
+        rows : int64 tensor [n]
+        tensors : dict of str to tensor [n, *shape]
+            Views where a site is one contiguous body and all its rows are wanted, else copies.
+        """
+        import torch
+
+        sites = [self[name] for name in names]
+        for site in sites:
+            if site.row_space != "tokens":
+                raise ArgumentError(
+                    f"site {site.name!r} numbers its own rows; join it over its token_row in SQL"
+                )
+        if rows is None:
+            wanted = _common([site.rows for site in sites])
+        else:
+            wanted = np.asarray(rows, np.int64)
+        tensors = {
+            site.name: site.tensor() if np.array_equal(site.rows, wanted) else site.take(wanted)
+            for site in sites
+        }
+        return torch.from_numpy(wanted.copy()), tensors
+
+    def sequence(self, sequence_id: int) -> SequenceView:
+        """Return the tokens of one sequence in order, following its history over beams and crops.
+
+        Raises
+        ------
+        ArgumentError
+            If there is no such sequence.
+        """
+        return SequenceView.of(self, sequence_id)
+
+    # Tables.
+
+    @property
+    def tokens(self) -> TableView:
+        """One row per token that a forward pass processed."""
+        return self._tables["tokens"]
+
+    @property
+    def sequences(self) -> TableView:
+        """One row per sequence: prompt and tags."""
+        return self._tables["sequences"]
+
+    @property
+    def steps(self) -> TableView:
+        """One row per forward pass: shape, time, status."""
+        return self._tables["steps"]
+
+    @property
+    def row_events(self) -> TableView:
+        """What became known of rows after they were written."""
+        return self._tables["row_events"]
+
+    @property
+    def tables(self) -> dict[str, TableView]:
+        """All tables by name."""
+        return dict(self._tables)
+
+    # Account.
+
+    @property
+    def report(self) -> Report:
+        """What is stored, what is missing, and what has not been verified."""
+        ranks = tuple(
+            RankReport(
+                rank=rank,
+                is_clean=manifest.is_clean,
+                commit=manifest.commit,
+                committed_ns=manifest.committed_ns,
+                sessions=manifest.sessions,
+            )
+            for rank, manifest in self.manifests.items()
+        )
+        counts = [(e.spec.name, e.counts) for manifest in self.manifests.values() for e in manifest.sites]
+        sites = tuple(
+            SiteReport(
+                name=site.name,
+                dtype=site.dtype,
+                shape=site.shape,
+                n_rows=site.n_rows,
+                n_bytes=site.n_bytes,
+                expected=sum(count.expected for name, count in counts if name == site.name),
+                written=sum(count.written for name, count in counts if name == site.name),
+                dropped=sum(count.dropped for name, count in counts if name == site.name),
+                n_unverified_bytes=site.n_unverified_bytes,
+            )
+            for site in self._sites.values()
+        )
+        return Report(
+            path=self.path,
+            ranks=ranks,
+            sites=sites,
+            n_tokens=len(self.tokens),
+            n_sequences=len(self.sequences),
+            n_steps=len(self.steps),
+            uncommitted_ranks=tuple(self._pending),
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}: {len(self.tokens)} tokens, {len(self)} sites)"
+
+
+class SitesView(Mapping[str, Site]):
+    """The sites of a dataset by name; prints as a table."""
+
+    def __init__(self, sites: Mapping[str, Site]) -> None:
+        self._sites = sites
+
+    def __getitem__(self, name: str) -> Site:
+        if name not in self._sites:
+            raise SiteNotFoundError(name, self._sites)
+        return self._sites[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __repr__(self) -> str:
+        rows = [
+            (site.name, str(site.n_rows), shape_text(site.shape), site.dtype, site.codec, site.row_space)
+            for site in self._sites.values()
+        ]
+        return table_of(("site", "rows", "shape", "dtype", "codec", "row space"), rows)
+
+
+@dataclass(frozen=True, slots=True)
+class TableView:
+    """A table over all ranks; columns are read when asked for."""
+
+    name: str
+    schema: pa.Schema
+    shards: Sequence[ShardReader]
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        return list(self.schema.names)
+
+    def __len__(self) -> int:
+        return sum(shard.shard.n_rows for shard in self.shards)
+
+    def to_arrow(self, columns: Iterable[str] | None = None) -> pa.Table:
+        """Return the rows as an Arrow table that aliases the maps; hashes are compared on first touch.
+
+        Raises
+        ------
+        CorruptError
+        ArgumentError
+            If a column does not exist.
+        """
+        batches = [shard.batch(i, verify=True) for shard in self.shards for i in range(shard.n_batches)]
+        table = pa.Table.from_batches(batches, self.schema)
+        if columns is None:
+            return table
+        wanted = list(columns)
+        unknown = [name for name in wanted if name not in self.schema.names]
+        if unknown:
+            raise ArgumentError(
+                f"table {self.name!r}: no columns {unknown}; there are {', '.join(self.schema.names)}"
+            )
+        return table.select(wanted)
+
+    def to_pandas(self, columns: Iterable[str] | None = None) -> Any:
+        """Return the rows as a pandas data frame (needs pandas)."""
+        from strapfmt.extras import require
+
+        require("pandas", "pandas", "to_pandas()")
+        return self.to_arrow(columns).to_pandas()
+
+    def __repr__(self) -> str:
+        head = self.to_arrow().slice(0, 10).to_pylist()
+        rows = [tuple("" if value is None else str(value) for value in row.values()) for row in head]
+        more = f"\n... {len(self)} rows" if len(self) > len(rows) else ""
+        return table_of(tuple(self.columns), rows) + more
+
+
+def _read_manifests(path: Path) -> tuple[dict[int, Manifest], list[int]]:
+    """Return the manifests by rank, and the ranks that have not committed anything yet."""
+    if not path.is_dir():
+        raise DatasetNotFoundError(f"{path}: no such directory; expected a dataset NAME{spec.DATASET_SUFFIX}")
+    manifests, pending = {}, []
+    for directory in sorted(path.iterdir()):
+        if not _RANK_NAME.fullmatch(directory.name):
+            continue
+        rank = int(directory.name[5:])
+        if directory.is_symlink() or directory.name != spec.RANK_DIRECTORY.format(rank=rank):
+            raise CorruptError(
+                f"{directory}: expected a plain directory {spec.RANK_DIRECTORY.format(rank=rank)!r}"
+            )
+        name = f"{directory.name}/{spec.MANIFEST_NAME}"
+        try:
+            data = read_file(path, name, spec.MAX_MANIFEST_BYTES)
+        except FileNotFoundError:
+            pending.append(rank)
+            continue
+        manifest = Manifest.decode(data, str(path / name))
+        if manifest.rank != rank:
+            raise CorruptError(
+                f"{path / name}: rank: expected {rank} as the directory says, got {manifest.rank}"
+            )
+        manifests[rank] = manifest
+    if not manifests:
+        why = f"rank {pending[0]} has not committed yet" if pending else "no rank-NNNNN directory in it"
+        raise DatasetNotFoundError(f"{path}: no strapfmt dataset: {why}")
+    return dict(sorted(manifests.items())), pending
+
+
+def _unknown(site: SiteSpec) -> str:
+    try:
+        site.check_known()
+    except ArgumentError as error:
+        return f"{error}: install a newer strapfmt"
+    return ""
+
+
+def _common(arrays: Sequence[Array]) -> Array:
+    common = arrays[0] if arrays else np.empty(0, np.int64)
+    for array in arrays[1:]:
+        if not np.array_equal(common, array):
+            common = np.intersect1d(common, array, assume_unique=True)
+    return common

@@ -1,0 +1,132 @@
+"""What is known of a dataset without reading it: rows expected, written and dropped, and what was not verified."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from strapfmt.text import table_of, visible
+
+__all__ = ["RankReport", "Report", "SiteReport", "shape_text", "size_text"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReport:
+    """One writer's account; `is_clean` is False while it runs and after a crash."""
+
+    rank: int
+    is_clean: bool
+    commit: int
+    committed_ns: int
+    sessions: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteReport:
+    """One site's account; `n_bytes` are those of its files."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    n_rows: int
+    n_bytes: int
+    expected: int
+    written: int
+    dropped: int
+    n_unverified_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A dataset's account; `str()` of it is for people, `to_dict()` for programs.
+
+    Attributes
+    ----------
+    path : Path
+    ranks : tuple of RankReport
+    sites : tuple of SiteReport
+    n_tokens, n_sequences, n_steps : int
+    uncommitted_ranks : tuple of int
+        Ranks that exist and have committed nothing yet.
+    """
+
+    path: Path
+    ranks: tuple[RankReport, ...]
+    sites: tuple[SiteReport, ...]
+    n_tokens: int
+    n_sequences: int
+    n_steps: int
+    uncommitted_ranks: tuple[int, ...] = ()
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether every writer closed."""
+        return all(rank.is_clean for rank in self.ranks) and not self.uncommitted_ranks
+
+    @property
+    def n_dropped(self) -> int:
+        """Rows lost to a full ring, over all sites."""
+        return sum(site.dropped for site in self.sites)
+
+    @property
+    def n_unverified_bytes(self) -> int:
+        """Bytes whose checksums this reader has not compared."""
+        return sum(site.n_unverified_bytes for site in self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON-ready values."""
+        values = asdict(self)
+        values["path"] = str(self.path)
+        return values | {
+            "is_clean": self.is_clean,
+            "n_dropped": self.n_dropped,
+            "n_unverified_bytes": self.n_unverified_bytes,
+        }
+
+    def __str__(self) -> str:
+        n_bytes = sum(site.n_bytes for site in self.sites)
+        lines = [
+            f"{visible(str(self.path))}: {self.n_tokens} tokens in {self.n_sequences} sequences and {self.n_steps} "
+            f"steps, {len(self.sites)} sites, {size_text(n_bytes)}"
+        ]
+        lines += [_rank_line(rank) for rank in self.ranks]
+        lines += [f"rank {rank}: nothing committed yet" for rank in self.uncommitted_ranks]
+        rows = [
+            (
+                site.name,
+                shape_text(site.shape),
+                site.dtype,
+                str(site.n_rows),
+                str(site.expected),
+                str(site.dropped),
+                size_text(site.n_bytes),
+            )
+            for site in self.sites
+        ]
+        lines.append(table_of(("site", "shape", "dtype", "rows", "expected", "dropped", "size"), rows))
+        if self.n_unverified_bytes:
+            lines.append(
+                f"not verified by this reader: {size_text(self.n_unverified_bytes)} (`verify` checks all)"
+            )
+        return "\n".join(lines)
+
+
+def _rank_line(rank: RankReport) -> str:
+    state = "closed cleanly" if rank.is_clean else "NOT closed: a writer is at work, or it crashed"
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(rank.committed_ns / 1e9))
+    return f"rank {rank.rank}: {state}; commit {rank.commit}, {when}"
+
+
+def size_text(n_bytes: float) -> str:
+    """Return a size for people, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(n_bytes) < 1024 or unit == "TiB":
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    raise AssertionError("the last unit always fits")
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """Return a row's shape for people: `8x64`, `8x?` where a size varies, `scalar`."""
+    return "x".join("?" if size < 0 else str(size) for size in shape) or "scalar"

@@ -1,0 +1,98 @@
+"""One sequence of a dataset: its tokens in order, and the activations that belong to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from strapfmt.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import torch
+
+    from strapfmt.reader import Reader
+
+__all__ = ["SequenceView"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceView:
+    """The tokens of one sequence.
+
+    Attributes
+    ----------
+    sequence_id : int
+    rows : int64 ndarray [n_tokens]
+        Row ids along the history: after a beam was forked the tokens of its parents come first, and tokens that were
+        rejected or computed again are left out.
+    tokens : pyarrow.Table
+        The rows of the `tokens` table, in that order.
+    """
+
+    sequence_id: int
+    rows: npt.NDArray[np.int64]
+    tokens: pa.Table
+    _reader: Reader
+
+    @classmethod
+    def of(cls, reader: Reader, sequence_id: int) -> SequenceView:
+        """Collect a sequence. See `Reader.sequence`."""
+        tokens = reader.tokens.to_arrow()
+        rows, of_sequence = _numbers(tokens, "row"), _numbers(tokens, "sequence_id")
+        own = rows[of_sequence == sequence_id]
+        if not len(own):
+            raise ArgumentError(
+                f"no tokens of sequence {sequence_id}; the dataset holds {_shown(of_sequence)}"
+            )
+        order = np.argsort(rows, kind="stable")
+        at = order[_chain(rows[order], _numbers(tokens, "parent_row")[order], int(own.max()))]
+        return cls(sequence_id=sequence_id, rows=rows[at], tokens=tokens.take(pa.array(at)), _reader=reader)
+
+    @property
+    def text(self) -> str:
+        """The tokens' texts joined ("" where none was stored)."""
+        return "".join(text or "" for text in self.tokens.column("token").to_pylist())
+
+    def tensors(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return tensors [n_tokens, *shape] of several sites, copies.
+
+        Raises
+        ------
+        RowNotFoundError
+            If a site does not hold all of the tokens.
+        """
+        return self._reader.tensors(names, self.rows)[1]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors([name])[name]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"SequenceView({self.sequence_id}: {len(self)} tokens, {self.text[:60]!r})"
+
+
+def _chain(rows: npt.NDArray[np.int64], parents: npt.NDArray[np.int64], last: int) -> npt.NDArray[np.int64]:
+    """Return the indices of `last` and all before it in its history, oldest first; `rows` is sorted."""
+    parent_at = np.searchsorted(rows, parents)
+    parent_at[(parents < 0) | (parents >= rows)] = -1
+    at, found = int(np.searchsorted(rows, last)), []
+    while at >= 0:
+        found.append(at)
+        at = int(parent_at[at])
+    return np.array(found[::-1], np.int64)
+
+
+def _numbers(tokens: pa.Table, name: str) -> npt.NDArray[Any]:
+    return np.asarray(tokens.column(name).fill_null(-1).to_numpy())
+
+
+def _shown(of_sequence: npt.NDArray[np.int64]) -> str:
+    known = np.unique(of_sequence)
+    return f"{', '.join(map(str, known[:5]))}{' ...' if len(known) > 5 else ''}" if len(known) else "none"

@@ -1,0 +1,500 @@
+"""One site of a dataset, read: tensors and Arrow over all its shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from strapfmt.errors import ArgumentError, RowNotFoundError, UnsupportedError, ViewError
+from strapfmt.manifest import Layout
+from strapfmt.schema import SiteSpec, site_schema
+from strapfmt.shard_reader import ShardReader
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Site", "View"]
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """Rows of a site that alias the memory map.
+
+    Attributes
+    ----------
+    first_ordinal : int
+        Ordinal of the first row.
+    tensor : tensor [n_batches, batch_rows, *shape]
+        Row `first_ordinal + i * batch_rows + j` is `tensor[i, j]`.
+    """
+
+    first_ordinal: int
+    tensor: torch.Tensor
+
+
+class Site:
+    """One site over all ranks and shards, in row order.
+
+    `len()`, `[i]` and `[i:j]` count rows by ordinal, 0-based; `take` wants row ids, as in the column `row`.
+
+    Attributes
+    ----------
+    spec : SiteSpec
+    layout : Layout
+    """
+
+    def __init__(
+        self, site: SiteSpec, layout: Layout, *, problem: str = "", where: str = "", verify: bool = False
+    ) -> None:
+        self.spec, self.layout = site, layout
+        self._problem, self._where, self._always = problem, where, verify
+        self._readers: list[ShardReader] = []
+        self._starts = np.zeros(1, np.int64)
+        #: Turns a `where` string into row ids; set by what can run SQL.
+        self.resolve_where: Callable[[Site, str], Array] | None = None
+
+    def add(self, shard: ShardReader) -> None:
+        """Append a shard; used while a dataset is opened."""
+        self._readers.append(shard)
+        self._starts = np.append(self._starts, self._starts[-1] + shard.shard.n_rows)
+
+    # What it is.
+
+    @property
+    def name(self) -> str:
+        """The stored name."""
+        return self.spec.name
+
+    @property
+    def dtype(self) -> str:
+        """Element type by its torch name, such as "bfloat16"."""
+        return self.spec.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one row; -1 where it varies."""
+        return self.spec.shape
+
+    @property
+    def n_rows(self) -> int:
+        """Stored rows."""
+        return int(self._starts[-1])
+
+    @property
+    def row_space(self) -> str:
+        """Either "tokens", or "own" where the site numbers its rows itself."""
+        return self.spec.row_space
+
+    @property
+    def codec(self) -> str:
+        """How it is compressed."""
+        return self.spec.codec
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Names of the statistics stored with each row."""
+        return self.spec.statistics
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether rows differ in shape."""
+        return self.spec.is_ragged
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The Arrow schema of its shards."""
+        return site_schema(self.spec)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its files."""
+        return sum(part.n_bytes for shard in self._readers for part in shard.shard.parts)
+
+    @property
+    def n_unverified_bytes(self) -> int:
+        """Bytes whose checksums have not been compared by this reader."""
+        return sum(shard.n_unverified_bytes for shard in self._readers)
+
+    @property
+    def n_batches(self) -> int:
+        """Stored record batches."""
+        return sum(shard.n_batches for shard in self._shards())
+
+    @property
+    def batch_ordinals(self) -> npt.NDArray[np.int64]:
+        """Ordinal at which each stored record batch begins, and the end: int64 [n_batches + 1]."""
+        firsts = [
+            shard.index.batches["first_ordinal"].astype(np.int64) + start
+            for shard, start in zip(self._shards(), self._starts, strict=False)
+        ]
+        return np.concatenate([*firsts, [self.n_rows]]).astype(np.int64)
+
+    @property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """Row ids in order, int64 [n_rows], a new array."""
+        parts = [shard.rows_between(0, shard.shard.n_rows) for shard in self._shards()]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def rows_between(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Return the row ids of ordinals `start` to `stop`, int64 [stop - start], without reading others."""
+        parts = [
+            shard.rows_between(max(start - begin, 0), min(stop, end) - begin)
+            for shard, begin, end in self._spans()
+            if begin < stop and start < end
+        ]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def ordinals_of(self, rows: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Return the ordinal of each row id, int64 [n].
+
+        Raises
+        ------
+        RowNotFoundError
+            If the site does not hold one of them.
+        """
+        wanted = _integers(rows, "rows")
+        firsts = np.array([shard.shard.first_row for shard in self._shards()], np.int64)
+        which = np.searchsorted(firsts, wanted, "right") - 1
+        ordinals = np.full(len(wanted), -1, np.int64)
+        for number in np.unique(which[which >= 0]).tolist():
+            chosen = np.flatnonzero(which == number)
+            found = self._readers[number].ordinals_of(wanted[chosen])
+            ordinals[chosen] = np.where(found >= 0, found + self._starts[number], -1)
+        if np.any(ordinals < 0):
+            raise RowNotFoundError(self.name, wanted[ordinals < 0].tolist())
+        return ordinals
+
+    # Tensors.
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __getitem__(self, key: SupportsIndex | slice) -> torch.Tensor:
+        """Return rows by ordinal: a view where they lie in one body, else a copy."""
+        if isinstance(key, slice):
+            start, stop, step = key.indices(self.n_rows)
+            if step == 1:
+                return self._slice(start, max(start, stop))
+            return self.gather(np.arange(start, stop, step))
+        ordinal = key.__index__()
+        if not -self.n_rows <= ordinal < self.n_rows:
+            raise IndexError(f"site {self.name!r} has {self.n_rows} rows, got ordinal {ordinal}")
+        ordinal %= self.n_rows
+        return self._slice(ordinal, ordinal + 1)[0]
+
+    def tensor(self, *, copy: bool | None = None) -> torch.Tensor:
+        """Return all rows, [n_rows, *shape].
+
+        Parameters
+        ----------
+        copy : bool, optional
+            None: a view of the memory map where the rows are one contiguous body, else one copy. True: always a copy.
+            False: a view or an error. Writing into a view changes this process's memory only, never the file.
+
+        Raises
+        ------
+        ViewError
+            With `copy=False` where there is no one body.
+        """
+        self._check_fixed("tensor()")
+        if copy is not True:
+            view = self._one_view(0, self.n_rows)
+            if view is not None:
+                return view
+        if copy is False:
+            raise ViewError(
+                f"site {self.name!r}: {self.n_rows} rows in {self.n_batches} record batches with codec {self.codec!r} "
+                "are no one contiguous body; use views(), or tensor() for one copy"
+            )
+        return self._copy(0, self.n_rows)
+
+    def views(self) -> Iterator[View]:
+        """Yield all rows as tensors that alias the map: one a shard and stride, then what is left over.
+
+        Raises
+        ------
+        ViewError
+            If the site is compressed.
+        """
+        self._check_fixed("views()")
+        for shard, start, _ in self._spans():
+            if not self._is_plain:
+                raise ViewError(f"site {self.name!r}: compressed with {self.codec!r}; use tensor() or scan()")
+            if self._always:
+                shard.verify(0, shard.n_batches)
+            for first, tensor in shard.views():
+                yield View(first_ordinal=start + first, tensor=tensor)
+
+    def take(self, rows: npt.ArrayLike, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the rows with these row ids, in this order, repeats allowed: [n, *shape], a copy.
+
+        Parameters
+        ----------
+        rows : int64 [n]
+            Row ids as in the column `row`.
+        out : tensor [n, *shape], optional
+            Contiguous memory of the site's dtype to fill; fresh memory costs several times the copy.
+
+        Raises
+        ------
+        RowNotFoundError
+            If the site does not hold one of them.
+        """
+        self._check_fixed("take()")
+        return self.gather(self.ordinals_of(rows), out=out)
+
+    def gather(self, ordinals: npt.ArrayLike, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return rows by ordinal, as `take` does by row id."""
+        import torch
+
+        self._check_fixed("gather()")
+        wanted = _integers(ordinals, "ordinals")
+        if np.any((wanted < 0) | (wanted >= self.n_rows)):
+            raise IndexError(
+                f"site {self.name!r} has {self.n_rows} rows, got ordinals {wanted.min()}..{wanted.max()}"
+            )
+        target = self._out(len(wanted)) if out is None else out
+        _check_out(target, (len(wanted), *self.shape), self.spec.stored_dtype.torch, self.name)
+        flat = target.view(len(wanted), self.spec.row_values)
+        which = np.searchsorted(self._starts, wanted, "right") - 1
+        numbers = np.unique(which).tolist()
+        for number in numbers:
+            shard = self._readers[number]
+            if len(numbers) == 1:
+                self._gather(shard, wanted - self._starts[number], flat)
+                continue
+            chosen = np.flatnonzero(which == number)
+            part = torch.empty((len(chosen), self.spec.row_values), dtype=target.dtype)
+            self._gather(shard, wanted[chosen] - self._starts[number], part)
+            bits = _same_size_integers(target)
+            flat.view(bits)[torch.from_numpy(chosen)] = part.view(bits)
+        return target
+
+    # Arrow.
+
+    def scan(
+        self,
+        columns: Iterable[str] | None = None,
+        *,
+        where: str | pc.Expression | None = None,
+        limit: int | None = None,
+        batch_size: int | None = None,
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield the rows in order, hashes compared on first touch.
+
+        Parameters
+        ----------
+        columns : iterable of str, optional
+            All by default.
+        where : str or pyarrow.compute.Expression, optional
+            SQL over the columns of `tokens` and this site, or an Arrow expression over the site's columns.
+        limit : int, optional
+            At most so many rows.
+        batch_size : int, optional
+            Rows in every batch but the last; as stored by default. Stored batches alias the map, others are copies.
+        """
+        wanted = self._columns(columns)
+        batches = self._filtered(where)
+        if limit is not None:
+            batches = _limited(batches, limit)
+        if batch_size is not None:
+            batches = _resized(batches, batch_size, self.schema)
+        for batch in batches:
+            yield batch.select(wanted)
+
+    def to_arrow(self, columns: Iterable[str] | None = None, *, verify: bool = True) -> pa.Table:
+        """Return all rows as an Arrow table, a chunk a record batch.
+
+        Parameters
+        ----------
+        columns : iterable of str, optional
+            All by default. Uncompressed columns alias the map.
+        verify : bool
+            Compare the hashes of what was not compared yet.
+
+        Raises
+        ------
+        CorruptError
+        """
+        wanted = self._columns(columns)
+        schema = pa.schema([self.schema.field(name) for name in wanted], self.schema.metadata)
+        check = verify or self._always
+        batches = [shard.batch(i, verify=check) for shard in self._shards() for i in range(shard.n_batches)]
+        return pa.Table.from_batches([batch.select(wanted) for batch in batches], schema)
+
+    def verify_batches(self, first: int, last: int) -> None:
+        """Compare the hashes of stored record batches `first` to `last` (exclusive), each once.
+
+        Raises
+        ------
+        CorruptError
+        """
+        start = 0
+        for shard in self._shards():
+            end = start + shard.n_batches
+            if start < last and first < end:
+                shard.verify(max(first - start, 0), min(last, end) - start)
+            start = end
+
+    def __repr__(self) -> str:
+        shape = ", ".join(["n", *("?" if size < 0 else str(size) for size in self.shape)])
+        kind = f"{self.dtype} [{shape}], codec {self.codec}, {self.row_space} rows"
+        return f"Site({self.name!r}: {self.n_rows} rows, {kind})"
+
+    # Inside.
+
+    def _shards(self) -> Sequence[ShardReader]:
+        if self._problem:
+            raise UnsupportedError(f"{self._where}: site {self.name!r}: {self._problem}")
+        return self._readers
+
+    def _spans(self) -> Iterator[tuple[ShardReader, int, int]]:
+        for shard, start in zip(self._shards(), self._starts.tolist(), strict=False):
+            yield shard, start, start + shard.shard.n_rows
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.codec == "none"
+
+    def _check_fixed(self, what: str) -> None:
+        self._shards()
+        if self.is_ragged:
+            raise ViewError(
+                f"site {self.name!r}: rows differ in shape {self.shape}, so {what} has no rectangle to return; use "
+                "scan() or to_arrow(), whose column `shape` says how to fold each list"
+            )
+
+    def _out(self, n_rows: int) -> torch.Tensor:
+        import torch
+
+        return torch.empty((n_rows, *self.shape), dtype=self.spec.stored_dtype.torch)
+
+    def _slice(self, start: int, stop: int) -> torch.Tensor:
+        self._check_fixed("[...]")
+        view = self._one_view(start, stop)
+        return self._copy(start, stop) if view is None else view
+
+    def _one_view(self, start: int, stop: int) -> torch.Tensor | None:
+        """Return rows `start` to `stop` as a view where they lie in one plain body."""
+        if not self._is_plain or start >= stop:
+            return None
+        number = int(np.searchsorted(self._starts, start, "right")) - 1
+        shard, begin = self._readers[number], int(self._starts[number])
+        firsts = shard.index.batches["first_ordinal"].astype(np.int64)
+        batch = int(np.searchsorted(firsts, start - begin, "right")) - 1
+        first = begin + int(firsts[batch])
+        if stop > first + int(shard.index.batches["n_rows"][batch]):
+            return None
+        if self._always:
+            shard.verify(batch, batch + 1)
+        return shard.view(batch)[start - first : stop - first]
+
+    def _copy(self, start: int, stop: int) -> torch.Tensor:
+        out = self._out(stop - start)
+        flat = out.view(stop - start, self.spec.row_values)
+        for shard, begin, end in self._spans():
+            low, high = max(start, begin), min(stop, end)
+            if low < high:
+                self._gather(shard, np.arange(low - begin, high - begin), flat[low - start : high - start])
+        return out
+
+    def _gather(self, shard: ShardReader, ordinals: Array, out: torch.Tensor) -> None:
+        if self._always:
+            firsts = shard.index.batches["first_ordinal"].astype(np.int64)
+            for number in np.unique(np.searchsorted(firsts, ordinals, "right") - 1).tolist():
+                shard.verify(number, number + 1)
+        shard.gather(ordinals, out)
+
+    def _columns(self, columns: Iterable[str] | None) -> list[str]:
+        wanted = list(self.schema.names) if columns is None else list(columns)
+        unknown = [name for name in wanted if name not in self.schema.names]
+        if unknown:
+            raise ArgumentError(
+                f"site {self.name!r}: no columns {unknown}; there are {', '.join(self.schema.names)}"
+            )
+        return wanted
+
+    def _filtered(self, where: str | pc.Expression | None) -> Iterator[pa.RecordBatch]:
+        if isinstance(where, str):
+            if self.resolve_where is None:
+                raise ArgumentError(
+                    "where: SQL needs strapfmt.open(); a bare Reader takes a pyarrow expression"
+                )
+            kept = np.sort(self.resolve_where(self, where))
+        for shard in self._shards():
+            for number in range(shard.n_batches):
+                if isinstance(where, str):
+                    start = int(shard.index.batches["first_ordinal"][number])
+                    rows = shard.rows_between(start, start + int(shard.index.batches["n_rows"][number]))
+                    mask = np.isin(rows, kept, assume_unique=True)
+                    if mask.any():
+                        batch = shard.batch(number, verify=True)
+                        yield batch if mask.all() else batch.filter(pa.array(mask))
+                else:
+                    batch = shard.batch(number, verify=True)
+                    yield batch if where is None else batch.filter(where)
+
+
+def _integers(values: npt.ArrayLike, what: str) -> npt.NDArray[np.int64]:
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ArgumentError(f"{what}: expected integers [n], got {array.dtype} {list(array.shape)}")
+    return array.astype(np.int64)
+
+
+def _check_out(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, site: str) -> None:
+    good = (
+        tuple(out.shape) == shape and out.dtype == dtype and out.is_contiguous() and out.device.type == "cpu"
+    )
+    if not good:
+        raise ArgumentError(
+            f"site {site!r}: out: expected contiguous {dtype} {list(shape)} on the CPU, got {out.dtype} "
+            f"{list(out.shape)} on {out.device}"
+        )
+
+
+def _same_size_integers(tensor: torch.Tensor) -> torch.dtype:
+    import torch
+
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+
+
+def _limited(batches: Iterator[pa.RecordBatch], limit: int) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        if limit <= 0:
+            return
+        yield batch.slice(0, limit)
+        limit -= batch.num_rows
+
+
+def _resized(batches: Iterator[pa.RecordBatch], size: int, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    if size < 1:
+        raise ArgumentError(f"batch_size: expected at least 1, got {size}")
+    kept: list[pa.RecordBatch] = []
+    n_kept = 0
+    for batch in batches:
+        at = 0
+        while at < batch.num_rows:
+            part = batch.slice(at, size - n_kept)
+            kept.append(part)
+            n_kept += part.num_rows
+            at += part.num_rows
+            if n_kept == size:
+                yield _merged(kept, schema)
+                kept, n_kept = [], 0
+    if kept:
+        yield _merged(kept, schema)
+
+
+def _merged(batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> pa.RecordBatch:
+    if len(batches) == 1:
+        return batches[0]
+    return pa.Table.from_batches(batches, schema).combine_chunks().to_batches()[0]
