@@ -1,7 +1,8 @@
 """Arrow IPC bytes: record batch messages whose bodies are aligned and hashed, and the footer that seals a file."""
 
+import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -22,6 +23,7 @@ __all__ = [
     "trailer",
 ]
 
+_STATED_HASH = re.compile(rb"\x20\x00\x00\x00([0-9a-f]{32})\x00")
 _BODY_PLACEHOLDER, _HEADER_PLACEHOLDER = b"b" * 32, b"h" * 32
 
 
@@ -205,7 +207,8 @@ def message_bytes(memory: memoryview, offset: int) -> tuple[int, int] | None:
         return None
     message = memory[offset + 8 : offset + 8 + size]
     try:
-        (body_bytes,) = struct.unpack_from("<q", message, _field(message, _root(message), 3))
+        at = _find_field(message, _root(message), 3)
+        body_bytes = 0 if at is None else struct.unpack_from("<q", message, at)[0]
     except (ValueError, struct.error):
         return None
     if not 0 <= body_bytes <= len(memory) - offset - 8 - size:
@@ -213,12 +216,12 @@ def message_bytes(memory: memoryview, offset: int) -> tuple[int, int] | None:
     return size + 8, body_bytes
 
 
-def check_message(header: memoryview, body: memoryview, metadata: Mapping[bytes, bytes]) -> bool:
-    """Return whether a record batch message agrees with the two hashes that its own metadata holds."""
-    header_hash = metadata.get(spec.HEADER_HASH_KEY.encode(), b"?" * 32)
-    if metadata.get(spec.BODY_HASH_KEY.encode()) != digest(body).hex().encode():
+def check_message(header: memoryview, body: memoryview) -> bool:
+    """Return whether a record batch message agrees with the two hashes in its own metadata, before it is parsed."""
+    stated = _STATED_HASH.findall(bytes(header))
+    if digest(body).hex().encode() not in stated:
         return False
-    return digest(bytes(header).replace(header_hash, _HEADER_PLACEHOLDER, 1)).hex().encode() == header_hash
+    return any(digest(bytes(header).replace(h, _HEADER_PLACEHOLDER, 1)).hex().encode() == h for h in stated)
 
 
 def decoded_bytes(header: bytes | memoryview, body: memoryview) -> int:
@@ -263,8 +266,20 @@ def _follow(buffer: memoryview, at: int) -> int:
 
 def _field(buffer: memoryview, table: int, number: int) -> int:
     """Return where field `number` of a flatbuffer table lies."""
-    (to_vtable,) = struct.unpack_from("<i", buffer, table)
-    (slot,) = struct.unpack_from("<H", buffer, table - to_vtable + 4 + 2 * number)
-    if slot == 0 or table - to_vtable < 0:
+    at = _find_field(buffer, table, number)
+    if at is None:
         raise ValueError(f"a flatbuffer table has no field {number}")
-    return int(table + slot)
+    return at
+
+
+def _find_field(buffer: memoryview, table: int, number: int) -> int | None:
+    """Return where field `number` of a flatbuffer table lies, None where it has its default."""
+    vtable = table - int(struct.unpack_from("<i", buffer, table)[0])
+    if vtable < 0:
+        raise ValueError("a flatbuffer table lies outside")
+    (size,) = struct.unpack_from("<H", buffer, vtable)
+    entry = 4 + 2 * number
+    if entry + 2 > size:
+        return None
+    (slot,) = struct.unpack_from("<H", buffer, vtable + entry)
+    return table + int(slot) if slot else None

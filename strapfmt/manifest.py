@@ -170,6 +170,12 @@ class Manifest:
     tables: tuple[TableEntry, ...] = ()
     optional_features: tuple[str, ...] = ()
 
+    def files(self) -> set[str]:
+        """Return the paths of all parts, below the rank's directory."""
+        shards = [shard for entry in self.sites for shard in entry.shards]
+        shards += [shard for entry in self.tables for shard in entry.shards]
+        return {part.file for shard in shards for part in shard.parts}
+
     def encode(self) -> bytes:
         """Return the file's bytes; the checksum of all before it comes last."""
         body = json.dumps(_to_json(self), separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()[

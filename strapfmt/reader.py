@@ -178,6 +178,15 @@ class Reader:
         return list(self.manifests)
 
     @property
+    def uncommitted_ranks(self) -> list[int]:
+        """Ranks whose writer has not committed anything yet."""
+        return list(self._pending)
+
+    def shards(self) -> Iterator[ShardReader]:
+        """Yield every shard of every table and site, for what looks at files rather than rows."""
+        yield from self._shards.values()
+
+    @property
     def names(self) -> list[str]:
         """Names of the sites, in the order they were declared."""
         return list(self._sites)

@@ -69,6 +69,11 @@ class Site:
     # What it is.
 
     @property
+    def problem(self) -> str:
+        """Why this version cannot read the site, "" where it can."""
+        return self._problem
+
+    @property
     def name(self) -> str:
         """The stored name."""
         return self.spec.name

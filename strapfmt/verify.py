@@ -1,0 +1,156 @@
+"""Checks every byte of a dataset against its checksums, and Arrow's own validation, and lists all that is wrong."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from strapfmt import spec
+from strapfmt.errors import FormatError, StrapfmtError
+from strapfmt.reader import Reader
+from strapfmt.report import size_text
+from strapfmt.shard_reader import ShardReader
+from strapfmt.text import visible
+
+__all__ = ["VerifyReport", "verify"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes
+    ----------
+    path : Path
+    problems : tuple of str
+        Everything wrong, each with its file and what was expected. Empty for a sound dataset.
+    notes : tuple of str
+        What is no damage but worth knowing: a writer that did not close, files that no manifest names.
+    n_bytes : int
+        Bytes checked.
+    n_rows : int
+        Rows of sites checked.
+    """
+
+    path: Path
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    n_bytes: int
+    n_rows: int
+
+    @property
+    def valid(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON-ready values."""
+        return {
+            "path": str(self.path),
+            "valid": self.valid,
+            "problems": list(self.problems),
+            "notes": list(self.notes),
+            "n_bytes": self.n_bytes,
+            "n_rows": self.n_rows,
+        }
+
+    def __str__(self) -> str:
+        verdict = "valid" if self.valid else f"{len(self.problems)} problem(s)"
+        lines = [
+            f"{visible(str(self.path))}: {verdict}; {self.n_rows} rows, {size_text(self.n_bytes)} checked"
+        ]
+        lines += [f"  problem: {problem}" for problem in self.problems]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def verify(path: str | Path, *, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+    """Check a whole dataset; damage is reported, not raised.
+
+    Parameters
+    ----------
+    path : path
+    progress : callable, optional
+        Called with the bytes checked so far and in all.
+
+    Raises
+    ------
+    DatasetNotFoundError
+        If there is no dataset.
+    """
+    path = Path(path)
+    try:
+        reader = Reader(path)
+    except FormatError as error:
+        return VerifyReport(path=path, problems=tuple(error.problems), notes=(), n_bytes=0, n_rows=0)
+    with reader:
+        shards = list(reader.shards())
+        total = sum(part.n_bytes for shard in shards for part in shard.shard.parts)
+        problems, done, n_rows = [], 0, 0
+        for shard in shards:
+            for number, problem in enumerate(_check(shard)):
+                problems.append(problem)
+                if number >= 20:
+                    problems.append(f"{shard.place}: more problems are not listed")
+                    break
+            done += sum(part.n_bytes for part in shard.shard.parts)
+            n_rows += shard.shard.n_rows if shard.shard.first_row is not None else 0
+            if progress is not None:
+                progress(done, total)
+        problems += [f"{site.name!r}: {site.problem}" for site in reader.sites.values() if site.problem]
+        notes = [*_states(reader), *_strays(reader)]
+    return VerifyReport(path=path, problems=tuple(problems), notes=tuple(notes), n_bytes=done, n_rows=n_rows)
+
+
+def _check(shard: ShardReader) -> Iterator[str]:
+    """Yield every problem of a shard."""
+    try:
+        shard.pin()
+    except StrapfmtError as error:
+        yield str(error)
+        return
+    last_row = -1
+    for number in range(shard.n_batches):
+        try:
+            batch = shard.batch(number, verify=True)
+        except StrapfmtError as error:
+            yield str(error)
+            continue
+        if shard.shard.first_row is None:
+            continue
+        rows = batch.column("row").to_numpy()
+        start = int(shard.index.batches["first_ordinal"][number])
+        if not (rows == shard.rows_between(start, start + len(rows))).all():
+            yield f"{shard.place}: record batch {number}: the column `row` is not what the index says"
+        if len(rows) and (rows[0] <= last_row or (rows[1:] <= rows[:-1]).any()):
+            yield f"{shard.place}: record batch {number}: expected strictly increasing rows"
+        last_row = int(rows[-1]) if len(rows) else last_row
+
+
+def _states(reader: Reader) -> Iterator[str]:
+    for rank, manifest in reader.manifests.items():
+        if not manifest.is_clean:
+            yield (
+                f"rank {rank}: not closed (a writer is at work, or it crashed); this is commit {manifest.commit}, "
+                "`strapfmt repair` also rescues what lies complete behind it"
+            )
+    for rank in reader.uncommitted_ranks:
+        yield f"rank {rank}: nothing committed yet"
+
+
+def _strays(reader: Reader) -> Iterator[str]:
+    """Yield the files below the ranks that no manifest names."""
+    for rank, manifest in reader.manifests.items():
+        root = reader.path / spec.RANK_DIRECTORY.format(rank=rank)
+        named = manifest.files()
+        named |= {spec.MANIFEST_NAME, spec.LOCK_NAME}
+        for directory, _, files in os.walk(root):
+            for file in sorted(files):
+                full = Path(directory, file)
+                if str(full.relative_to(root)) not in named:
+                    kind = "file" if stat.S_ISREG(full.lstat().st_mode) else "special file"
+                    yield f"{full}: a {kind} that no manifest names; readers ignore it"
