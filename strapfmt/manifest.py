@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from strapfmt import spec
 from strapfmt.arrowfile import digest
 from strapfmt.errors import ArgumentError, CorruptError, UnsupportedError
+from strapfmt.json_fields import Fields, refuse_constant, unique_keys
 from strapfmt.schema import SiteSpec
 
 __all__ = ["Counts", "Layout", "Manifest", "Part", "Shard", "SiteEntry", "TableEntry", "file_slug"]
@@ -279,99 +280,14 @@ def _checked_json(data: bytes, where: str) -> Json:
             "`strapfmt repair` can rescue what the shards hold"
         )
     try:
-        return json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        return json.loads(data, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{where}: not valid JSON: {error}") from error
 
 
-def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError(f"duplicate key in {sorted(key for key, _ in pairs)[:8]}")
-    return result
-
-
-def _refuse_constant(name: str) -> Json:
-    raise ValueError(f"{name} is not JSON")
-
-
-class _Fields:
-    """Reads fields of a JSON object and gathers every problem with its path."""
-
-    def __init__(self, value: Json, path: str, problems: list[str]) -> None:
-        self.path, self.problems = path, problems
-        self.value: dict[str, Json] = value if isinstance(value, dict) else {}
-        if not isinstance(value, dict):
-            problems.append(f"{path or 'manifest'}: expected an object, got {_show(value)}")
-
-    def get(self, key: str, what: str, accept: Callable[[Json], bool], default: Json) -> Json:
-        value = self.value.get(key, _MISSING)
-        if value is not _MISSING and accept(value):
-            return value
-        self.problems.append(f"{self.at(key)}: expected {what}, got {_show(value)}")
-        return default
-
-    def at(self, key: object) -> str:
-        return f"{self.path}.{key}" if self.path else str(key)
-
-    def integer(self, key: str, low: int = 0, high: int = 1 << 62) -> int:
-        what = f"int {low}..{high}"
-        return int(self.get(key, what, lambda v: type(v) is int and low <= v <= high, low))
-
-    def boolean(self, key: str) -> bool:
-        return bool(self.get(key, "true or false", lambda v: isinstance(v, bool), False))
-
-    def text(self, key: str, choices: tuple[str, ...] = (), pattern: re.Pattern[str] | None = None) -> str:
-        what = (
-            f"one of {', '.join(choices)}"
-            if choices
-            else f"text like {pattern.pattern}"
-            if pattern
-            else "text"
-        )
-        default = choices[0] if choices else ""
-        return str(
-            self.get(
-                key,
-                what,
-                lambda v: (
-                    isinstance(v, str)
-                    and (not choices or v in choices)
-                    and (pattern is None or pattern.fullmatch(v) is not None)
-                ),
-                default,
-            )
-        )
-
-    def array(self, key: str, limit: int = 1 << 24) -> list[Json]:
-        what = f"an array of at most {limit}"
-        return list(self.get(key, what, lambda v: isinstance(v, list) and len(v) <= limit, []))
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        return tuple(
-            self.get(
-                key, "an array of text", lambda v: isinstance(v, list) and all(type(x) is str for x in v), []
-            )
-        )
-
-    def inner(self, key: str) -> "_Fields":
-        return _Fields(self.value.get(key, _MISSING), self.at(key), self.problems)
-
-
-class _Missing:
-    pass
-
-
-_MISSING = _Missing()
-
-
-def _show(value: Json) -> str:
-    return "nothing" if value is _MISSING else repr(value)[:80]
-
-
 def _from_json(value: Json, where: str) -> Manifest:
     problems: list[str] = []
-    fields = _Fields(value, "", problems)
+    fields = Fields(value, "", problems)
     if fields.text("format") != spec.FORMAT_NAME and not problems:
         problems.append(f"format: expected {spec.FORMAT_NAME!r}, got {fields.text('format')!r}")
     needed = fields.integer("min_reader_version", 1)
@@ -393,11 +309,11 @@ def _from_json(value: Json, where: str) -> Manifest:
         counters={name: counters.integer(name, 0, 1 << spec.COUNTER_BITS) for name in COUNTERS},
         sessions=tuple(fields.get("sessions", "an array of objects", _are_objects, [])),
         sites=tuple(
-            _site(_Fields(site, f"sites.{i}", problems))
+            _site(Fields(site, f"sites.{i}", problems))
             for i, site in enumerate(fields.array("sites", spec.MAX_SITES))
         ),
         tables=tuple(
-            _table(_Fields(table, f"tables.{i}", problems))
+            _table(Fields(table, f"tables.{i}", problems))
             for i, table in enumerate(fields.array("tables", len(spec.TABLES)))
         ),
         optional_features=fields.texts("optional_features"),
@@ -418,7 +334,7 @@ def _are_objects(value: Json) -> bool:
     return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
-def _site(fields: _Fields) -> SiteEntry:
+def _site(fields: Fields) -> SiteEntry:
     layout, counts = fields.inner("layout"), fields.inner("counts")
     shape = fields.get(
         "shape",
@@ -448,15 +364,15 @@ def _site(fields: _Fields) -> SiteEntry:
     )
 
 
-def _table(fields: _Fields) -> TableEntry:
+def _table(fields: Fields) -> TableEntry:
     return TableEntry(name=fields.text("name", spec.TABLES), shards=_shards(fields, has_rows=False))
 
 
-def _shards(fields: _Fields, *, has_rows: bool) -> tuple[Shard, ...]:
+def _shards(fields: Fields, *, has_rows: bool) -> tuple[Shard, ...]:
     shards = []
     previous = -1
     for i, value in enumerate(fields.array("shards", spec.MAX_SHARDS)):
-        inner = _Fields(value, f"{fields.path}.shards.{i}", fields.problems)
+        inner = Fields(value, f"{fields.path}.shards.{i}", fields.problems)
         shard = _shard(inner, has_rows=has_rows)
         if shard.first_row is not None and shard.last_row is not None:
             if not previous < shard.first_row <= shard.last_row - shard.n_rows + 1:
@@ -469,10 +385,10 @@ def _shards(fields: _Fields, *, has_rows: bool) -> tuple[Shard, ...]:
     return tuple(shards)
 
 
-def _shard(fields: _Fields, *, has_rows: bool) -> Shard:
+def _shard(fields: Fields, *, has_rows: bool) -> Shard:
     parts = []
     for i, value in enumerate(fields.array("parts", 64)):
-        part = _Fields(value, f"{fields.path}.parts.{i}", fields.problems)
+        part = Fields(value, f"{fields.path}.parts.{i}", fields.problems)
         parts.append(
             Part(
                 role=part.text("role"),

@@ -7,7 +7,7 @@ a schema that names its site and session, and each record batch carries hashes o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from strapfmt.errors import ArgumentError, DatasetNotFoundError, FormatError
 from strapfmt.index import ShardIndex
 from strapfmt.manifest import COUNTERS, Manifest
 from strapfmt.mapped import map_file, read_file
+from strapfmt.report import RepairReport, SiteRepair
 from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, read_site, site_schema
-from strapfmt.text import table_of, visible
 from strapfmt.writer import DatasetWriter
 
 __all__ = ["RepairReport", "SiteRepair", "repair"]
@@ -46,85 +46,6 @@ _TABLE_KEYS = {
     "steps": _Key("step", "step"),
     "row_events": _Key("step", "step", is_unique=False),
 }
-
-
-@dataclass(slots=True)
-class SiteRepair:
-    """What became of one site or table of one rank.
-
-    Attributes
-    ----------
-    name : str
-    rank : int
-    n_committed : int
-        Rows that the manifest had committed, 0 where it is unreadable.
-    n_rescued : int
-        Rows in the new dataset.
-    problems : list of str
-        What could not be rescued, and why.
-    """
-
-    name: str
-    rank: int
-    n_committed: int = 0
-    n_rescued: int = 0
-    problems: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RepairReport:
-    """What `repair` did."""
-
-    path: Path
-    out: Path
-    sites: tuple[SiteRepair, ...]
-    tables: tuple[SiteRepair, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every committed row was rescued."""
-        everything = (*self.sites, *self.tables)
-        return all(entry.n_rescued >= entry.n_committed and not entry.problems for entry in everything)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON-ready values."""
-        shown = [
-            {
-                "name": entry.name,
-                "rank": entry.rank,
-                "n_committed": entry.n_committed,
-                "n_rescued": entry.n_rescued,
-                "problems": entry.problems,
-            }
-            for entry in (*self.sites, *self.tables)
-        ]
-        return {
-            "path": str(self.path),
-            "out": str(self.out),
-            "is_complete": self.is_complete,
-            "entries": shown,
-            "notes": list(self.notes),
-        }
-
-    def __str__(self) -> str:
-        rows = [
-            (
-                entry.name,
-                str(entry.rank),
-                str(entry.n_committed),
-                str(entry.n_rescued),
-                str(len(entry.problems)),
-            )
-            for entry in (*self.tables, *self.sites)
-        ]
-        lines = [
-            f"{visible(str(self.path))} -> {visible(str(self.out))}",
-            table_of(("name", "rank", "committed", "rescued", "problems"), rows),
-            *(f"  problem: {problem}" for entry in (*self.tables, *self.sites) for problem in entry.problems),
-            *(f"  note: {note}" for note in self.notes),
-        ]
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

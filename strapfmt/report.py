@@ -1,14 +1,23 @@
-"""What is known of a dataset without reading it: rows expected, written and dropped, and what was not verified."""
+"""Accounts of a dataset, for people and programs: what is stored, what `verify` found, what `repair` rescued."""
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from strapfmt.text import table_of, visible
 
-__all__ = ["RankReport", "Report", "SiteReport", "shape_text", "size_text"]
+__all__ = [
+    "RankReport",
+    "RepairReport",
+    "Report",
+    "SiteRepair",
+    "SiteReport",
+    "VerifyReport",
+    "shape_text",
+    "size_text",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +118,134 @@ class Report:
             lines.append(
                 f"not verified by this reader: {size_text(self.n_unverified_bytes)} (`verify` checks all)"
             )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes
+    ----------
+    path : Path
+    problems : tuple of str
+        Everything wrong, each with its file and what was expected. Empty for a sound dataset.
+    notes : tuple of str
+        What is no damage but worth knowing: a writer that did not close, files that no manifest names.
+    n_bytes : int
+        Bytes checked.
+    n_rows : int
+        Rows of sites checked.
+    """
+
+    path: Path
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    n_bytes: int
+    n_rows: int
+
+    @property
+    def valid(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON-ready values."""
+        return {
+            "path": str(self.path),
+            "valid": self.valid,
+            "problems": list(self.problems),
+            "notes": list(self.notes),
+            "n_bytes": self.n_bytes,
+            "n_rows": self.n_rows,
+        }
+
+    def __str__(self) -> str:
+        verdict = "valid" if self.valid else f"{len(self.problems)} problem(s)"
+        lines = [
+            f"{visible(str(self.path))}: {verdict}; {self.n_rows} rows, {size_text(self.n_bytes)} checked"
+        ]
+        lines += [f"  problem: {problem}" for problem in self.problems]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+@dataclass(slots=True)
+class SiteRepair:
+    """What became of one site or table of one rank.
+
+    Attributes
+    ----------
+    name : str
+    rank : int
+    n_committed : int
+        Rows that the manifest had committed, 0 where it is unreadable.
+    n_rescued : int
+        Rows in the new dataset.
+    problems : list of str
+        What could not be rescued, and why.
+    """
+
+    name: str
+    rank: int
+    n_committed: int = 0
+    n_rescued: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairReport:
+    """What `repair` did."""
+
+    path: Path
+    out: Path
+    sites: tuple[SiteRepair, ...]
+    tables: tuple[SiteRepair, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every committed row was rescued."""
+        everything = (*self.sites, *self.tables)
+        return all(entry.n_rescued >= entry.n_committed and not entry.problems for entry in everything)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON-ready values."""
+        shown = [
+            {
+                "name": entry.name,
+                "rank": entry.rank,
+                "n_committed": entry.n_committed,
+                "n_rescued": entry.n_rescued,
+                "problems": entry.problems,
+            }
+            for entry in (*self.sites, *self.tables)
+        ]
+        return {
+            "path": str(self.path),
+            "out": str(self.out),
+            "is_complete": self.is_complete,
+            "entries": shown,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                entry.name,
+                str(entry.rank),
+                str(entry.n_committed),
+                str(entry.n_rescued),
+                str(len(entry.problems)),
+            )
+            for entry in (*self.tables, *self.sites)
+        ]
+        lines = [
+            f"{visible(str(self.path))} -> {visible(str(self.out))}",
+            table_of(("name", "rank", "committed", "rescued", "problems"), rows),
+            *(f"  problem: {problem}" for entry in (*self.tables, *self.sites) for problem in entry.problems),
+            *(f"  note: {note}" for note in self.notes),
+        ]
         return "\n".join(lines)
 
 

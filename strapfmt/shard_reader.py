@@ -16,6 +16,7 @@ import pyarrow.ipc
 
 from strapfmt import spec
 from strapfmt.arrowfile import decoded_bytes, digest
+from strapfmt.bits import as_integers, as_numpy
 from strapfmt.codecs import CODECS
 from strapfmt.errors import CorruptError, UnsupportedError
 from strapfmt.index import ShardIndex
@@ -221,14 +222,14 @@ class ShardReader:
             in_data = which < self._n_in_data
             physical = self._body_starts[which] // site.row_bytes + inside
             if bool(np.all(in_data)):
-                torch.index_select(self._flat(), 0, torch.from_numpy(physical), out=_bits(out))
+                torch.index_select(self._flat(), 0, torch.from_numpy(physical), out=as_integers(out))
                 return
             direct = torch.from_numpy(np.flatnonzero(in_data))
-            _bits(out)[direct] = self._flat()[torch.from_numpy(physical[in_data])]
+            as_integers(out)[direct] = self._flat()[torch.from_numpy(physical[in_data])]
             rest = np.flatnonzero(~in_data)
         else:
             rest = np.arange(len(ordinals))
-        self._gather_by_batch(rest, which, inside, _numpy(out))
+        self._gather_by_batch(rest, which, inside, as_numpy(out))
 
     def _gather_by_batch(self, chosen: Array, which: Array, inside: Array, target: Array) -> None:
         """Copy the rows at positions `chosen`, one batch after the other."""
@@ -259,7 +260,7 @@ class ShardReader:
         site, data = self._fixed_site(), self._maps.data
         rows = len(data) // site.row_bytes
         flat = torch.frombuffer(data, dtype=site.stored_dtype.torch, count=rows * site.row_values)
-        return _bits(flat.view(rows, site.row_values))
+        return as_integers(flat.view(rows, site.row_values))
 
     @cached_property
     def _first_ordinals(self) -> Array:
@@ -414,19 +415,3 @@ def _check_expansion(place: str, header: memoryview, body: memoryview, entry: np
         raise CorruptError(
             f"{place}: it would expand to {size} bytes, the index admits {int(entry['raw_bytes'])}"
         )
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Return an integer view where torch has no kernel for the type (float8, large unsigned)."""
-    import torch
-
-    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.view(sizes[tensor.element_size()])
-
-
-def _numpy(tensor: torch.Tensor) -> Array:
-    """Return the storage numbers of a CPU tensor as an aliasing array."""
-    import torch
-
-    sizes = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
-    return tensor.view(sizes[tensor.element_size()]).numpy()

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from strapfmt.batches import limited, resized
+from strapfmt.bits import as_integers
 from strapfmt.errors import ArgumentError, RowNotFoundError, UnsupportedError, ViewError
 from strapfmt.manifest import Layout
 from strapfmt.schema import SiteSpec, site_schema
@@ -279,8 +281,7 @@ class Site:
             chosen = np.flatnonzero(which == number)
             part = torch.empty((len(chosen), self.spec.row_values), dtype=target.dtype)
             self._gather(shard, wanted[chosen] - self._starts[number], part)
-            bits = _same_size_integers(target)
-            flat.view(bits)[torch.from_numpy(chosen)] = part.view(bits)
+            as_integers(flat)[torch.from_numpy(chosen)] = as_integers(part)
         return target
 
     # Arrow.
@@ -309,9 +310,9 @@ class Site:
         wanted = self._columns(columns)
         batches = self._filtered(where)
         if limit is not None:
-            batches = _limited(batches, limit)
+            batches = limited(batches, limit)
         if batch_size is not None:
-            batches = _resized(batches, batch_size, self.schema)
+            batches = resized(batches, batch_size, self.schema)
         for batch in batches:
             yield batch.select(wanted)
 
@@ -464,42 +465,3 @@ def _check_out(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, si
             f"site {site!r}: out: expected contiguous {dtype} {list(shape)} on the CPU, got {out.dtype} "
             f"{list(out.shape)} on {out.device}"
         )
-
-
-def _same_size_integers(tensor: torch.Tensor) -> torch.dtype:
-    import torch
-
-    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-
-
-def _limited(batches: Iterator[pa.RecordBatch], limit: int) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        if limit <= 0:
-            return
-        yield batch.slice(0, limit)
-        limit -= batch.num_rows
-
-
-def _resized(batches: Iterator[pa.RecordBatch], size: int, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    if size < 1:
-        raise ArgumentError(f"batch_size: expected at least 1, got {size}")
-    kept: list[pa.RecordBatch] = []
-    n_kept = 0
-    for batch in batches:
-        at = 0
-        while at < batch.num_rows:
-            part = batch.slice(at, size - n_kept)
-            kept.append(part)
-            n_kept += part.num_rows
-            at += part.num_rows
-            if n_kept == size:
-                yield _merged(kept, schema)
-                kept, n_kept = [], 0
-    if kept:
-        yield _merged(kept, schema)
-
-
-def _merged(batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> pa.RecordBatch:
-    if len(batches) == 1:
-        return batches[0]
-    return pa.Table.from_batches(batches, schema).combine_chunks().to_batches()[0]

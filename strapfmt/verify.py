@@ -5,67 +5,15 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from strapfmt import spec
 from strapfmt.errors import FormatError, StrapfmtError
 from strapfmt.reader import Reader
-from strapfmt.report import size_text
+from strapfmt.report import VerifyReport
 from strapfmt.shard_reader import ShardReader
-from strapfmt.text import visible
 
-__all__ = ["VerifyReport", "verify"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyReport:
-    """What `verify` found.
-
-    Attributes
-    ----------
-    path : Path
-    problems : tuple of str
-        Everything wrong, each with its file and what was expected. Empty for a sound dataset.
-    notes : tuple of str
-        What is no damage but worth knowing: a writer that did not close, files that no manifest names.
-    n_bytes : int
-        Bytes checked.
-    n_rows : int
-        Rows of sites checked.
-    """
-
-    path: Path
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
-    n_bytes: int
-    n_rows: int
-
-    @property
-    def valid(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.problems
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON-ready values."""
-        return {
-            "path": str(self.path),
-            "valid": self.valid,
-            "problems": list(self.problems),
-            "notes": list(self.notes),
-            "n_bytes": self.n_bytes,
-            "n_rows": self.n_rows,
-        }
-
-    def __str__(self) -> str:
-        verdict = "valid" if self.valid else f"{len(self.problems)} problem(s)"
-        lines = [
-            f"{visible(str(self.path))}: {verdict}; {self.n_rows} rows, {size_text(self.n_bytes)} checked"
-        ]
-        lines += [f"  problem: {problem}" for problem in self.problems]
-        lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join(lines)
+__all__ = ["verify"]
 
 
 def verify(path: str | Path, *, progress: Callable[[int, int], None] | None = None) -> VerifyReport:

@@ -13,23 +13,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from strapfmt import spec
 from strapfmt.arrowfile import MessageEncoder
+from strapfmt.claim import check_writable, exists_message
 from strapfmt.codecs import get_codec
 from strapfmt.commit import Disk, IoThread, Lock
 from strapfmt.errors import (
     ArgumentError,
     DatasetExistsError,
-    DatasetNotFoundError,
     SiteNotFoundError,
     WriterClosedError,
 )
 from strapfmt.layout import body_alignment, plan_layout
 from strapfmt.manifest import COUNTERS, Counts, Layout, Manifest, Shard, SiteEntry, file_slug
+from strapfmt.row_checks import check_columns, check_values
 from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, site_schema, with_session
 from strapfmt.site_writer import ShardSeries, SiteWriter, TableWriter
 
@@ -220,8 +220,8 @@ class DatasetWriter:
         if site not in self._sites:
             raise SiteNotFoundError(site, self._sites, "this writer (declare it with add_site)")
         writer = self._sites[site]
-        n_rows = _check_values(writer.site, values, shapes)
-        columns = _check_columns(
+        n_rows = check_values(writer.site, values, shapes)
+        columns = check_columns(
             writer.site, n_rows, rows, statistics, token_row, call, writer.last_row, self.rank
         )
         if n_rows == 0:
@@ -323,7 +323,7 @@ class DatasetWriter:
             self._disk.mkdir(self._root)
         except FileExistsError:
             Lock(self._root).release()
-            raise DatasetExistsError(_exists(self.path, self.rank)) from None
+            raise DatasetExistsError(exists_message(self.path, self.rank)) from None
         now = time.time_ns()
         return Lock(self._root), Manifest(
             rank=self.rank,
@@ -479,140 +479,5 @@ class DatasetWriter:
         self._lock.release()
 
 
-def check_writable(path: str | Path, *, rank: int | None = None, mode: str = "create") -> None:
-    """Check, touching nothing, that a writer could be opened.
-
-    Raises
-    ------
-    ArgumentError, DatasetExistsError, DatasetNotFoundError
-    """
-    path = Path(path)
-    if mode not in ("create", "overwrite", "append"):
-        raise ArgumentError(f"mode: expected 'create', 'overwrite' or 'append'; got {mode!r}")
-    if rank is not None and not 0 <= rank <= spec.MAX_RANK:
-        raise ArgumentError(f"rank: expected 0..{spec.MAX_RANK}, got {rank}")
-    if path.suffix != spec.DATASET_SUFFIX:
-        raise ArgumentError(f"path: a dataset's name ends in {spec.DATASET_SUFFIX!r}; got {str(path)!r}")
-    root = path / spec.RANK_DIRECTORY.format(rank=rank or 0)
-    if mode == "append" and not (root / spec.MANIFEST_NAME).exists() and (rank is None or not path.is_dir()):
-        raise DatasetNotFoundError(f"{path}: no dataset to append to; use mode='create'")
-    if path.exists() and not _is_dataset(path):
-        raise DatasetExistsError(f"{path}: exists and is no strapfmt dataset; it is never overwritten")
-    if mode == "create" and (root.exists() or (rank is None and path.exists() and any(path.iterdir()))):
-        raise DatasetExistsError(_exists(path, rank or 0))
-
-
-def _exists(path: Path, rank: int) -> str:
-    return (
-        f"{path}: rank {rank} of this dataset exists; overwrite=True (mode='overwrite') replaces it, "
-        "mode='append' goes on behind it"
-    )
-
-
-def _is_dataset(path: Path) -> bool:
-    return path.is_dir() and all(
-        entry.name.startswith("rank-") and entry.is_dir() for entry in path.iterdir()
-    )
-
-
 def _last_row(entry: SiteEntry | None) -> int:
     return -1 if entry is None else max((shard.last_row or 0 for shard in entry.shards), default=-1)
-
-
-def _check_values(site: SiteSpec, values: Array, shapes: Array | None) -> int:
-    """Check the activations of a call and return how many rows they are."""
-    storage = site.stored_dtype.numpy
-    if values.dtype != storage or not values.flags.c_contiguous:
-        contiguous = "" if values.flags.c_contiguous else "non-contiguous "
-        raise ArgumentError(
-            f"site {site.name!r}: values: expected C-contiguous {storage} (the storage of {site.dtype}), "
-            f"got {contiguous}{values.dtype}"
-        )
-    if (shapes is not None) != site.is_ragged:
-        raise ArgumentError(
-            f"site {site.name!r}: shapes: expected {'one a row' if site.is_ragged else 'none'}"
-        )
-    if shapes is None:
-        if values.ndim != len(site.shape) + 1 or values.shape[1:] != site.shape:
-            raise ArgumentError(
-                f"site {site.name!r}: values: expected [n, *{site.shape}], got {list(values.shape)}"
-            )
-        return len(values)
-    if (
-        shapes.ndim != 2
-        or shapes.shape[1] != len(site.shape)
-        or shapes.dtype.kind not in "iu"
-        or np.any(shapes < 0)
-    ):
-        raise ArgumentError(
-            f"site {site.name!r}: shapes: expected int [n, {len(site.shape)}] >= 0, got {shapes.shape}"
-        )
-    fixed = [i for i, size in enumerate(site.shape) if size >= 0]
-    if np.any(shapes[:, fixed] != np.array([site.shape[i] for i in fixed])):
-        raise ArgumentError(f"site {site.name!r}: shapes: expected rows of shape {site.shape} (-1: any size)")
-    sizes = np.prod(shapes, axis=1, dtype=np.int64)
-    if values.ndim != 1 or values.size != sizes.sum() or np.any(sizes > spec.MAX_ROW_VALUES):
-        raise ArgumentError(
-            f"site {site.name!r}: values: expected [{sizes.sum()}] as the shapes say, got {values.shape}"
-        )
-    return len(shapes)
-
-
-def _check_columns(
-    site: SiteSpec,
-    n_rows: int,
-    rows: Array | None,
-    statistics: Mapping[str, Array] | None,
-    token_row: Array | None,
-    call: int | Array | None,
-    last_row: int,
-    rank: int,
-) -> dict[str, Array]:
-    """Check the columns beside the activations and return copies of them."""
-    columns: dict[str, Array] = {}
-    if site.row_space == "own":
-        if rows is not None:
-            raise ArgumentError(f"site {site.name!r}: rows: expected none, its row space is its own")
-        first = last_row + 1 if last_row >= 0 else rank << spec.RANK_SHIFT
-        columns["row"] = np.arange(first, first + n_rows, dtype=np.int64)
-        columns["token_row"] = _integers(site, "token_row", -1 if token_row is None else token_row, n_rows)
-        columns["call"] = _integers(site, "call", 0 if call is None else call, n_rows)
-    else:
-        if rows is None or token_row is not None or call is not None:
-            raise ArgumentError(
-                f"site {site.name!r}: expected rows and neither token_row nor call (row space 'tokens')"
-            )
-        columns["row"] = _integers(site, "rows", rows, n_rows)
-        _check_rows(site, columns["row"], last_row, rank)
-    given = {} if statistics is None else dict(statistics)
-    if set(given) != set(site.statistics):
-        raise ArgumentError(f"site {site.name!r}: statistics: expected {site.statistics}, got {tuple(given)}")
-    for name in site.statistics:
-        columns[name] = np.array(given[name], np.int32 if name == "n_nonfinite" else np.float32)
-        if columns[name].shape != (n_rows,):
-            raise ArgumentError(
-                f"site {site.name!r}: {name}: expected [{n_rows}], got {list(columns[name].shape)}"
-            )
-    return columns
-
-
-def _integers(site: SiteSpec, name: str, values: int | Array, n_rows: int) -> Array:
-    array = np.asarray(values)
-    if array.dtype.kind not in "iu" or array.shape not in ((), (n_rows,)):
-        raise ArgumentError(
-            f"site {site.name!r}: {name}: expected int [{n_rows}], got {array.dtype} {list(array.shape)}"
-        )
-    return np.array(np.broadcast_to(array, (n_rows,)), np.int64)
-
-
-def _check_rows(site: SiteSpec, rows: Array, last_row: int, rank: int) -> None:
-    if not len(rows):
-        return
-    if rows[0] <= last_row or np.any(rows[1:] <= rows[:-1]):
-        raise ArgumentError(
-            f"site {site.name!r}: rows: expected strictly increasing row ids above {last_row}, the last one written"
-        )
-    if rows[0] >> spec.RANK_SHIFT != rank or rows[-1] >> spec.RANK_SHIFT != rank:
-        raise ArgumentError(
-            f"site {site.name!r}: rows: expected ids of rank {rank} (rank << {spec.RANK_SHIFT} | n)"
-        )

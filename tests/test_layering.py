@@ -15,13 +15,13 @@ PACKAGES = {"strapfmt": ROOT / "strapfmt", "strapfmt_capture": ROOT / "capture" 
 # A unit is a module of strapfmt/, one of its folders, or all of strapfmt_capture. It may import the units
 # of the lines above its own, and no other unit of its own line.
 LAYERS: list[set[str]] = [
-    {"spec", "errors", "text"},
-    {"dtypes", "codecs", "extras"},
+    {"spec", "errors", "text", "json_fields"},
+    {"dtypes", "codecs", "extras", "batches", "bits", "claim"},
     {"schema", "arrowfile"},
     {"manifest", "index"},
-    {"layout", "commit", "mapped", "report"},
+    {"layout", "commit", "mapped", "report", "row_checks"},
     {"shard", "shard_reader"},
-    {"site_writer", "site"},
+    {"site_writer", "site", "table"},
     {"writer", "sequence"},
     {"reader"},
     {"query", "loader", "verify", "repair", "testing"},
@@ -45,7 +45,7 @@ FORBIDDEN: dict[str, set[str]] = {
 ONLY_ANNOTATED = {("sequence", "reader")}
 
 EVERYWHERE = set().union(*LAYERS)
-STDLIB_ONLY = {"spec", "errors", "text", "extras"}
+STDLIB_ONLY = {"spec", "errors", "text", "extras", "json_fields", "claim"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ THIRD_PARTY: dict[str, Allowed] = {
     "xxhash": Allowed(at_top={"arrowfile"}, inside=set()),
     "torch": Allowed(
         at_top={"loader", "strapfmt_capture", "analysis"},
-        inside={"dtypes", "shard_reader", "site", "sequence", "reader", "query", "dataset", "testing"}
+        inside={"dtypes", "bits", "shard_reader", "site", "sequence", "reader", "query", "dataset", "testing"}
         | {"strapfmt", "cli"},
     ),
     "duckdb": Allowed(at_top={"query"}, inside=set()),
