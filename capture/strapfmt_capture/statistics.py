@@ -9,7 +9,7 @@ scaled float64.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from strapfmt.spec import STATISTICS
 
 __all__ = ["RowStatistics", "check_statistics"]
 
-# 128 KiB of float32: with its scratch it fits an L2 cache, and torch starts no threads of its own for so little.
+# 128 KiB of float32: it fits an L2 cache, and torch starts no threads of its own for so little.
 _TILE_VALUES = 32_768
 # Rows done twice are gathered, so that many values at a time at most.
 _BLOCK_VALUES = 1 << 20
@@ -49,6 +49,7 @@ _EXACT_IN_FLOAT32 = (
 )
 
 Columns = dict[str, npt.NDArray[np.generic]]
+_Float32 = npt.NDArray[np.float32]
 _Float64 = npt.NDArray[np.float64]
 _Int64 = npt.NDArray[np.int64]
 _Columns = dict[str, _Float64]
@@ -89,7 +90,7 @@ class RowStatistics:
 
     def __init__(self) -> None:
         self._values = torch.empty(_TILE_VALUES, dtype=torch.float32)
-        self._magnitudes = torch.empty(_TILE_VALUES, dtype=torch.float32)
+        self._cells = torch.empty(_TILE_VALUES, dtype=torch.float32)
 
     def __call__(self, x: torch.Tensor, names: Collection[str] = STATISTICS) -> Columns:
         """Return the statistics `names` of every row of `x`.
@@ -135,58 +136,76 @@ class RowStatistics:
         n, n_values = x.shape
         total, square, largest = np.zeros(n), np.zeros(n), np.zeros(n)
         for part, width in _parts(n_values):
-            totals, squares, maxima = torch.zeros(
-                3, n * ((part.stop - part.start) // width), dtype=torch.float32
-            )
-            for tile, scratch, cells in self._tiles(x[:, part], width, totals, squares, maxima):
+            totals, squares, maxima = np.zeros((3, n * ((part.stop - part.start) // width)), np.float32)
+            for tile, at in self._tiles(x[:, part], width):
                 if mean:
-                    torch.sum(tile, 1, out=cells[0])
-                _squares(tile, cells[1])
-                torch.amax(torch.abs(tile, out=scratch), 1, out=cells[2])
+                    totals[at] = tile.sums()
+                squares[at] = tile.squares()
+                maxima[at] = tile.maxima()
             total += _over_pieces(totals, n)
             square += _over_pieces(squares, n)
-            np.maximum(largest, maxima.numpy().reshape(n, -1).max(1), out=largest)
+            np.maximum(largest, maxima.reshape(n, -1).max(1), out=largest)
         return _Sums(mean=total / n_values, mean_square=square / n_values, largest=largest, n_values=n_values)
 
     def _centred(self, x: torch.Tensor, rows: _Int64, mean: _Float64, std: _Float64) -> _Int64:
         """Do the deviation of `rows` again, around their mean; return the rows where even that underflows."""
         n, n_values = len(rows), x.shape[1]
         x = x if n == len(x) else x[torch.from_numpy(rows)]
-        centre = torch.from_numpy(mean[rows].astype(np.float32))
+        centre = mean[rows].astype(np.float32)
         total, square = np.zeros(n), np.zeros(n)
         for part, width in _parts(n_values):
             pieces = (part.stop - part.start) // width
-            centres = centre.repeat_interleave(pieces)
-            totals, squares = torch.zeros(2, n * pieces, dtype=torch.float32)
-            for tile, _, cells in self._tiles(x[:, part], width, centres, totals, squares):
-                tile -= cells[0][:, None]
-                torch.sum(tile, 1, out=cells[1])
-                _squares(tile, cells[2])
+            centres = centre.repeat(pieces)
+            totals, squares = np.zeros((2, n * pieces), np.float32)
+            for tile, at in self._tiles(x[:, part], width):
+                tile.values -= centres[at, None]
+                totals[at] = tile.sums()
+                squares[at] = tile.squares()
             total += _over_pieces(totals, n)
             square += _over_pieces(squares, n)
         variance = square / n_values - (total / n_values) ** 2
         std[rows] = np.sqrt(np.maximum(variance, 0.0))
         return rows[variance < _SMALLEST_SAFE_SQUARE]
 
-    def _tiles(
-        self, x: torch.Tensor, width: int, *per_piece: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Sequence[torch.Tensor]]]:
-        """Yield `x` as float32 tiles [pieces, width], scratch of that shape, and their cells of `per_piece`.
-
-        Tiles and scratch are this object's memory, overwritten by the next tile; cells are views.
-        """
+    def _tiles(self, x: torch.Tensor, width: int) -> Iterator[tuple[_Tile, slice]]:
+        """Yield `x` as tiles, and which pieces each is; a tile is overwritten by the next."""
         n_rows = max(1, _TILE_VALUES // x.shape[1])
-        pieces = n_rows * x.shape[1] // width
-        n_converted = 0
-        sources = torch.split(x, n_rows)
-        for source, *cells in zip(sources, *(torch.split(array, pieces) for array in per_piece), strict=True):
+        at, n_converted = 0, 0
+        for source in torch.split(x, n_rows):
             if len(source) != n_converted:
                 n_converted = len(source)
                 target = self._values[: source.numel()].view(source.shape)
-                tile = target.view(-1, width)
-                scratch = self._magnitudes[: source.numel()].view(-1, width)
+                tile = _Tile(target.view(-1, width), self._cells)
             target.copy_(source)
-            yield tile, scratch, cells
+            yield tile, slice(at, at + tile.n_pieces)
+            at += tile.n_pieces
+
+
+class _Tile:
+    """Float32 rows cut into pieces, [n_pieces, width], in the cache; its results are overwritten by the next one.
+
+    The same memory is seen by torch and by NumPy: which of the two is quicker differs from step to step, and making
+    a view costs as much as the step.
+    """
+
+    def __init__(self, pieces: torch.Tensor, cells: torch.Tensor) -> None:
+        self.n_pieces = len(pieces)
+        self._pieces, self._cells = pieces, cells[: len(pieces)]
+        self.values, self._results = self._pieces.numpy(), self._cells.numpy()
+
+    def sums(self) -> _Float32:
+        """Sum of each piece, [n_pieces]."""
+        torch.sum(self._pieces, 1, out=self._cells)
+        return self._results
+
+    def squares(self) -> _Float32:
+        """Sum of squares of each piece, [n_pieces] (a BLAS dot product: one read, no square stored)."""
+        return np.vecdot(self.values, self.values, out=self._results)
+
+    def maxima(self) -> _Float32:
+        """Largest magnitude of each piece, [n_pieces]; NaN where it has one. Leaves magnitudes in the tile."""
+        torch.amax(self._pieces.abs_(), 1, out=self._cells)
+        return self._results
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,14 +245,8 @@ def _parts(n_values: int) -> list[tuple[slice, int]]:
     return [*parts, (slice(whole, n_values), n_values - whole)] if whole < n_values else parts
 
 
-def _squares(tile: torch.Tensor, out: torch.Tensor) -> None:
-    """Sum of squares of each row of a float32 tile (a BLAS dot product: one read, no square stored)."""
-    values = tile.numpy()
-    np.vecdot(values, values, out=out.numpy())
-
-
-def _over_pieces(partial: torch.Tensor, n: int) -> _Float64:
-    sums: _Float64 = partial.numpy().reshape(n, -1).sum(1, dtype=np.float64)
+def _over_pieces(partial: _Float32, n: int) -> _Float64:
+    sums: _Float64 = partial.reshape(n, -1).sum(1, dtype=np.float64)
     return sums
 
 
