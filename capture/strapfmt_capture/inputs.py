@@ -1,0 +1,243 @@
+"""The arguments of a language model's forward pass, read as tokens: which there are, and which of them are real."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from strapfmt.errors import CaptureError
+
+__all__ = ["Inputs", "read_inputs"]
+
+# What models call their token ids, Hugging Face's name first.
+_TOKEN_NAMES = ("input_ids", "idx", "tokens", "token_ids")
+_CACHE_NAMES = ("past_key_values", "cache_params", "layer_past")
+# Arguments that only a paged cache has: there the rows of one pass belong to many requests.
+_PAGED_NAMES = ("block_table", "page_table", "write_index")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What one forward pass is asked to process.
+
+    Attributes
+    ----------
+    n_sequences, n_query : int
+        Width of the padded batch: `n_sequences * n_query` places, some of them padding.
+    token_ids : ndarray of int64 [n_sequences, n_query] or None
+        A view of the model's input where that lies in host memory; None for a pass given embeddings.
+    cache : object or None
+        What holds the past: a Hugging Face `Cache`, or anything with `get_seq_length`.
+    """
+
+    n_sequences: int
+    n_query: int
+    token_ids: NDArray[np.int64] | None
+    cache: Any
+    mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+    boundaries: torch.Tensor | None
+
+    def real(self, past: int) -> NDArray[np.bool_] | None:
+        """Say which places hold a token and which hold padding.
+
+        Parameters
+        ----------
+        past : int
+            How many places the cache holds already.
+
+        Returns
+        -------
+        ndarray of bool [n_sequences, n_query] or None
+            None if there is no padding.
+
+        Raises
+        ------
+        CaptureError
+            If the mask has a shape that does not fit the batch.
+        """
+        if self.mask is None:
+            return None
+        if self.mask.ndim <= 2:
+            flags = self._columns(self.mask.reshape(-1, self.mask.shape[-1]), past) != 0
+        else:
+            flags = self._attended_keys(past)
+        real = flags.cpu().numpy()
+        if real.all():
+            return None
+        return np.broadcast_to(real, (self.n_sequences, self.n_query))
+
+    def n_past_tokens(self, past: int) -> NDArray[np.int64]:
+        """Count the tokens in a past that was not watched: its places less its padding, as far as the mask tells."""
+        mask = self.mask
+        if mask is None or mask.shape[-1] < past + self.n_query:
+            return np.full(self.n_sequences, past, np.int64)
+        if mask.ndim <= 2:
+            seen = mask.reshape(-1, mask.shape[-1])[:, :past] != 0
+        else:
+            seen = _attended(mask)[:, -1, :past]
+        counts: NDArray[np.int64] = seen.sum(-1).cpu().numpy()
+        return np.broadcast_to(counts, (self.n_sequences,)).astype(np.int64)
+
+    def starts(self) -> NDArray[np.bool_] | None:
+        """Say which places begin another sequence inside a packed row, by the rule Hugging Face applies.
+
+        Without a mask and a cache, a row whose `position_ids` do not go up by one holds several sequences, which do
+        not attend to each other; so does one with `cu_seq_lens_q`.
+
+        Returns
+        -------
+        ndarray of bool [n_sequences, n_query] or None
+            The first place of every row counts as a start; None if no row is packed.
+        """
+        if self.cache is not None or self.mask is not None or self.n_query < 2:
+            return None
+        starts = np.zeros((self.n_sequences, self.n_query), bool)
+        if self.boundaries is not None and self.n_sequences == 1:
+            starts[0, self.boundaries.cpu().numpy()[:-1]] = True
+        elif self.position_ids is not None and self.position_ids.ndim == 2:
+            positions = self.position_ids.cpu().numpy()
+            starts[:, 1:] = np.diff(positions, axis=-1) != 1
+        starts[:, 0] = True
+        return starts if np.count_nonzero(starts) > self.n_sequences else None
+
+    def _columns(self, mask: torch.Tensor, past: int) -> torch.Tensor:
+        """The part of a mask `[..., keys]` that is about the tokens of this pass.
+
+        Keys are counted from the first token ever, except where a sliding window has dropped some; then the pass's own
+        come last.
+        """
+        start = min(past, mask.shape[-1] - self.n_query)
+        if start < 0:
+            raise CaptureError(
+                f"attention_mask: expected at least {self.n_query} columns for a pass over {self.n_query} places, got "
+                f"shape {tuple(mask.shape)}"
+            )
+        return mask[..., start : start + self.n_query]
+
+    def _attended_keys(self, past: int) -> torch.Tensor:
+        """Places that some query attends to, which are the tokens.
+
+        Queries of padding attend to nothing, or, where that would make a softmax of nothing, to everything; only the
+        last query may attend to everything in earnest.
+        """
+        attended = _attended(self.mask)
+        own = self._columns(attended, past)
+        if self.n_query == 1:
+            return torch.ones_like(own[:, 0])
+        in_earnest = ~attended.all(-1, keepdim=True)
+        in_earnest[:, -1] = True
+        return (own & in_earnest).any(1)
+
+
+def read_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs | None:
+    """Find the tokens among the arguments of `module`.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The module that is called.
+    args, kwargs
+        The call's arguments.
+
+    Returns
+    -------
+    Inputs or None
+        None if the module is given no tokens.
+
+    Raises
+    ------
+    CaptureError
+        For caches and masks that cannot be followed: tuples of tensors, block masks, paged batches.
+    """
+    given: Mapping[str, Any] = kwargs
+    if args:
+        given = {
+            **dict(zip(_parameter_names(type(_unwrapped(module)).forward), args, strict=False)),
+            **kwargs,
+        }
+    shaped = _token_ids(given)
+    if shaped is None:
+        return None
+    token_ids, n_sequences, n_query = shaped
+    if any(given.get(name) is not None for name in _PAGED_NAMES):
+        raise CaptureError(
+            "cannot tell sequences apart under continuous batching (generate_batch): capture generate() instead"
+        )
+    return Inputs(
+        n_sequences=n_sequences,
+        n_query=n_query,
+        token_ids=None if token_ids is None else token_ids.cpu().numpy().astype(np.int64, copy=False),
+        cache=_cache(given),
+        mask=_mask(given.get("attention_mask")),
+        position_ids=given.get("position_ids"),
+        boundaries=given.get("cu_seq_lens_q"),
+    )
+
+
+def _token_ids(given: Mapping[str, Any]) -> tuple[torch.Tensor | None, int, int] | None:
+    """Token ids `[n_sequences, n_query]` (None for embeddings) and their shape."""
+    for name in _TOKEN_NAMES:
+        ids = given.get(name)
+        if isinstance(ids, torch.Tensor) and ids.ndim in (1, 2) and not ids.is_floating_point():
+            ids = ids.detach().reshape(-1, ids.shape[-1])
+            return ids, ids.shape[0], ids.shape[1]
+    embeddings = given.get("inputs_embeds")
+    if isinstance(embeddings, torch.Tensor) and embeddings.ndim in (2, 3):
+        return None, 1 if embeddings.ndim == 2 else embeddings.shape[0], embeddings.shape[-2]
+    return None
+
+
+def _cache(given: Mapping[str, Any]) -> Any:
+    cache = next((given[name] for name in _CACHE_NAMES if given.get(name) is not None), None)
+    if isinstance(cache, (tuple, list)):
+        if all(layer is None for layer in cache):
+            return None
+        raise CaptureError(
+            "past_key_values: expected a transformers Cache, got a tuple of tensors, which cannot be followed from one "
+            "pass to the next; wrap it: DynamicCache(past_key_values)"
+        )
+    return cache
+
+
+def _mask(mask: Any) -> torch.Tensor | None:
+    if isinstance(
+        mask, Mapping
+    ):  # one per kind of layer; a sliding layer's mask may not reach back to all tokens
+        mask = mask.get("full_attention", next((m for m in mask.values() if m is not None), None))
+    if mask is None or isinstance(mask, torch.Tensor):
+        return mask
+    raise CaptureError(
+        f"attention_mask: expected a tensor, got a {type(mask).__name__}, from which padding cannot be read; pass the "
+        "2-D mask of the tokenizer, or use another attention implementation"
+    )
+
+
+def _attended(mask: torch.Tensor | None) -> torch.Tensor:
+    """A mask of any kind as bool `[n_sequences, query, key]`, true where a query attends to a key."""
+    assert mask is not None
+    mask = mask[:, 0] if mask.ndim == 4 else mask
+    if mask.is_floating_point():  # added to the scores: 0 where attended, the lowest number where not
+        return mask > torch.finfo(mask.dtype).min / 2
+    return mask != 0
+
+
+def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The model inside wrappers that pass their arguments on (DataParallel and its kin)."""
+    while isinstance(inner := getattr(module, "module", None), torch.nn.Module):
+        module = inner
+    return module
+
+
+@lru_cache(maxsize=256)
+def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(parameter.name for parameter in parameters if parameter.kind in positional)

@@ -1,0 +1,389 @@
+"""Rows: which token of which sequence each place of a forward pass is, decided once per pass for all sites.
+
+What a person can rely on, whatever way the model is driven:
+
+- One row per token a pass *processed*. The last token that `generate` returns was never processed and has no row;
+  generation without a cache processes the whole prefix again in every pass and makes new rows for it. A sequence that
+  has ended while others in its batch go on is fed padding tokens, which the model processes: they have rows, with
+  `is_special` true.
+- Padding (where the attention mask is 0) has no row. `position` counts tokens from 0, padding not included.
+- A sequence goes on as long as its cache does, or as long as its input is the previous input and one more token. Any
+  other pass begins new sequences.
+- A sequence is a hypothesis, not a place in the batch: beam search moves it between places, and when it branches,
+  the first branch keeps the number and the others get one of their own (`parent_sequence_id`, `fork_position`).
+  Copies of a cache branch in the same way.
+- `parent_row` is the row of the token before, through every branching; following it gives the true history.
+- Tokens taken back out of a cache (`crop`: rejected drafts) keep their rows; `row_events` says `rejected`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from strapfmt_capture.batches import Batch, Uncached
+from strapfmt_capture.histories import PADDING, CacheWatcher, History, cache_length
+from strapfmt_capture.inputs import Inputs, read_inputs
+
+__all__ = ["Column", "RowTracker", "Step"]
+
+Column: TypeAlias = NDArray[Any] | list[Any] | pa.Array
+_Int64 = NDArray[np.int64]
+
+
+@dataclass(slots=True, kw_only=True)
+class Step:
+    """One forward pass.
+
+    Attributes
+    ----------
+    step : int
+        Its number.
+    phase : str
+        `"decode"` when one token per sequence is added to a past, else `"prefill"`.
+    n_sequences, n_query : int
+        Width of the padded batch; 0 for a model that is given no tokens.
+    is_language : bool
+        Whether tokens were found. If not, sites number their own rows.
+    selected : ndarray of int64 or None
+        Places of the stored tokens in the flattened `[n_sequences * n_query]` batch, ascending; None if all are.
+    rows : ndarray of int64 [n_rows]
+        Row ids in that order.
+    tokens : dict
+        Columns of the `tokens` table, one value per row; empty if `is_language` is false.
+    sequences : dict or None
+        Columns of the `sequences` table for sequences that begin in this step.
+    events : dict or None
+        Columns of the `row_events` table for what has happened to earlier rows since the last step.
+    """
+
+    step: int
+    phase: str
+    n_sequences: int
+    n_query: int
+    is_language: bool
+    selected: _Int64 | None
+    rows: _Int64
+    tokens: dict[str, Column]
+    sequences: dict[str, Column] | None
+    events: dict[str, Column] | None
+
+
+class RowTracker:
+    """Numbers the rows of every forward pass and knows which token each of them is.
+
+    Used from the thread that runs the model, one forward pass after another.
+
+    Parameters
+    ----------
+    reserve : callable
+        `reserve(kind, n)` returns the first of `n` consecutive new ids; kind is `"row"`, `"step"` or `"sequence"`.
+    tokenizer : object or None
+        Has `decode(list_of_ids)`, and `all_special_ids` if it knows any. None leaves text out.
+    tags : mapping or None
+        JSON values kept with every sequence.
+    """
+
+    def __init__(
+        self,
+        *,
+        reserve: Callable[[str, int], int],
+        tokenizer: Any = None,
+        tags: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._reserve = reserve
+        self._texts = None if tokenizer is None else _Texts(tokenizer)
+        self._tags = json.dumps(dict(tags or {}), ensure_ascii=False)
+        self._watcher = CacheWatcher(self._reject)
+        self._events: list[tuple[_Int64, int]] = []
+        self._uncached: Uncached | None = None
+        self._output_hook: torch.utils.hooks.RemovableHandle | None = None
+        self._step = -1
+
+    def begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step:
+        """Describe the pass that is about to run.
+
+        Parameters
+        ----------
+        module : torch.nn.Module
+            The outermost module that is called.
+        args, kwargs
+            The arguments of the call; read, never kept.
+
+        Raises
+        ------
+        CaptureError
+            For inputs that cannot be followed: tuples of tensors as a cache, block masks, continuous batching.
+        """
+        inputs = read_inputs(module, args, kwargs)
+        if inputs is None:
+            self._step = self._reserve("step", 1)
+            return Step(
+                step=self._step,
+                phase="prefill",
+                n_sequences=0,
+                n_query=0,
+                is_language=False,
+                selected=None,
+                rows=np.empty(0, np.int64),
+                tokens={},
+                sequences=None,
+                events=self.take_events(),
+            )
+        history = None if inputs.cache is None else self._followed(inputs)
+        self._step = self._reserve(
+            "step", 1
+        )  # not earlier: what was just found missing was lost before this step
+        if history is not None:
+            batch = self._continued(history, inputs.real(history.length), history.n_tokens)
+        elif inputs.cache is not None:
+            past = cache_length(inputs.cache) or 0
+            batch = self._begun(inputs, inputs.real(past), past)
+            self._watcher.watch(inputs.cache, batch.history)
+        else:
+            batch = self._without_cache(inputs)
+            self._hook_output(module, batch.history)
+        return self._record(inputs, batch)
+
+    def take_events(self) -> dict[str, Column] | None:
+        """Return what has happened to rows since the last step, as columns of `row_events`, and forget it.
+
+        `begin` hands events over with its step; this is for those after the last one.
+        """
+        events, self._events = self._events, []
+        if not events:
+            return None
+        rows = np.concatenate([rows for rows, _ in events])
+        return {
+            "row": rows,
+            "step": np.repeat([step for _, step in events], [len(rows) for rows, _ in events]),
+            "event": ["rejected"] * len(rows),
+            "detail": ["taken out of the cache"] * len(rows),
+        }
+
+    def close(self) -> None:
+        """Stop watching: caches and the model are as they were."""
+        self._watcher.close()
+        self._unhook()
+        self._uncached = None
+
+    def _followed(self, inputs: Inputs) -> History | None:
+        """The history behind a cache that was seen before, brought to the length the cache has now."""
+        history = self._watcher.find(inputs.cache)
+        if history is None or len(history) != inputs.n_sequences or not history.length:
+            return None
+        length = cache_length(inputs.cache)
+        if length is None or length == history.length:
+            return history
+        if length == 0:  # reset, to be used for something else
+            return None
+        if length < history.length:
+            self._reject(history.truncate(length))
+        else:
+            history.extend_unknown(length, inputs.n_past_tokens(length))
+        return history
+
+    def _without_cache(self, inputs: Inputs) -> Batch:
+        """A pass over whole sequences: new ones, or the last pass's with one more token each."""
+        real, before = inputs.real(0), self._uncached
+        slots = None if before is None else before.slots_of(inputs, real)
+        if before is None or slots is None:
+            batch = self._begun(inputs, real, 0)
+        else:
+            history = History(before.history.sequence_ids[slots], before.history.n_prompt[slots])
+            batch = self._continued(history, real, before.history.n_tokens[slots])
+        self._uncached = None
+        if inputs.token_ids is not None:
+            self._uncached = Uncached(batch.history, inputs.token_ids.copy(), real)
+        return batch
+
+    def _continued(self, history: History, real: NDArray[np.bool_] | None, fork_positions: _Int64) -> Batch:
+        """The sequences of `history`; slots that share one begin a new one at their fork position."""
+        branched = history.settle(lambda n: self._reserve("sequence", n))
+        return Batch(
+            history=history,
+            real=real,
+            slots=np.arange(len(history)),
+            counts=None if real is None else real.sum(axis=1),
+            sequence_ids=history.sequence_ids,
+            positions=history.n_tokens,
+            previous=history.last_row,
+            branched=[(slot, parent, int(fork_positions[slot])) for slot, parent in branched],
+        )
+
+    def _begun(self, inputs: Inputs, real: NDArray[np.bool_] | None, past: int) -> Batch:
+        """New sequences, behind `past` places that nobody watched."""
+        starts = inputs.starts()
+        if starts is not None:
+            return self._packed(inputs, starts)
+        n = inputs.n_sequences
+        counts = np.full(n, inputs.n_query) if real is None else real.sum(axis=1)
+        first = self._reserve("sequence", n)
+        history = History(np.arange(first, first + n), counts)
+        if past:
+            history.extend_unknown(past, inputs.n_past_tokens(past))
+        return Batch(
+            history=history,
+            real=real,
+            slots=np.arange(n),
+            counts=counts,
+            sequence_ids=history.sequence_ids,
+            positions=history.n_tokens,
+            previous=history.last_row,
+            begins=True,
+        )
+
+    def _packed(self, inputs: Inputs, starts: NDArray[np.bool_]) -> Batch:
+        """New sequences, several of them one after another in a row of the batch."""
+        n, q = inputs.n_sequences, inputs.n_query
+        places = np.flatnonzero(starts)
+        slots, counts = places // q, np.diff(places, append=n * q)
+        first = self._reserve("sequence", len(places))
+        sequence_ids = np.arange(first, first + len(places))
+        last = np.diff(slots, append=n) > 0
+        history = History(sequence_ids[last], counts[last])
+        history.n_tokens = (
+            counts[last] - q
+        )  # a cache made by this pass goes on with the last sequence of each row
+        return Batch(
+            history=history,
+            real=None,
+            slots=slots,
+            counts=counts,
+            sequence_ids=sequence_ids,
+            positions=np.zeros(len(places), np.int64),
+            previous=np.full(len(places), PADDING),
+            begins=True,
+        )
+
+    def _record(self, inputs: Inputs, batch: Batch) -> Step:
+        """Number the rows of a batch, enter them into its history, and write its tables."""
+        n, q = inputs.n_sequences, inputs.n_query
+        n_rows = n * q if batch.real is None else int(np.count_nonzero(batch.real))
+        first = self._reserve("row", n_rows) if n_rows else 0
+        rows = np.arange(first, first + n_rows)
+        selected = None if batch.real is None else np.flatnonzero(batch.real)
+        tokens = batch.columns(rows, q)
+        ids = None
+        if inputs.token_ids is not None:
+            ids = inputs.token_ids.reshape(-1) if selected is None else inputs.token_ids.reshape(-1)[selected]
+        is_decode = q == 1 and batch.history.length > 0
+        sequences = self._sequences(batch, ids)
+        if batch.real is None:
+            batch.history.append(rows.reshape(n, q))
+        else:
+            places = np.full((n, q), PADDING)
+            places[batch.real] = rows
+            batch.history.append(places)
+        phase = "decode" if is_decode else "prefill"
+        texts, is_special = (None, None) if ids is None or self._texts is None else self._texts.columns(ids)
+        return Step(
+            step=self._step,
+            phase=phase,
+            n_sequences=n,
+            n_query=q,
+            is_language=True,
+            selected=selected,
+            rows=rows,
+            tokens={
+                "row": rows,
+                "step": np.full(n_rows, self._step),
+                "phase": [phase] * n_rows,
+                **tokens,
+                "token_id": pa.nulls(n_rows, pa.int32()) if ids is None else ids.astype(np.int32),
+                "token": pa.nulls(n_rows, pa.utf8()) if texts is None else texts,
+                "is_special": pa.nulls(n_rows, pa.bool_()) if is_special is None else is_special,
+                "dropped": np.zeros(n_rows, bool),
+            },
+            sequences=sequences,
+            events=self.take_events(),
+        )
+
+    def _sequences(self, batch: Batch, ids: _Int64 | None) -> dict[str, Column] | None:
+        """Columns of the `sequences` table: what begins in this pass, or branches off in it."""
+        if batch.begins:
+            assert batch.counts is not None
+            n = len(batch.sequence_ids)
+            prompts = None if ids is None else np.split(ids, np.cumsum(batch.counts)[:-1])
+            return {
+                "sequence_id": batch.sequence_ids.copy(),
+                "batch_index": batch.slots.astype(np.int32),
+                "first_step": np.full(n, self._step),
+                "parent_sequence_id": pa.nulls(n, pa.int64()),
+                "fork_position": pa.nulls(n, pa.int32()),
+                "n_prompt_tokens": batch.counts.astype(np.int32),
+                "prompt_token_ids": [None] * n
+                if prompts is None
+                else [prompt.tolist() for prompt in prompts],
+                "prompt": [None] * n
+                if prompts is None or self._texts is None
+                else [self._texts.of_prompt(prompt) for prompt in prompts],
+                "tags": [self._tags] * n,
+            }
+        if not batch.branched:
+            return None
+        slots = [slot for slot, _, _ in batch.branched]
+        n = len(slots)
+        return {
+            "sequence_id": batch.sequence_ids[slots],
+            "batch_index": np.array(slots, np.int32),
+            "first_step": np.full(n, self._step),
+            "parent_sequence_id": np.array([parent for _, parent, _ in batch.branched]),
+            "fork_position": np.array([position for _, _, position in batch.branched], np.int32),
+            "n_prompt_tokens": batch.history.n_prompt[slots].astype(np.int32),
+            "prompt_token_ids": [None] * n,
+            "prompt": [None] * n,
+            "tags": [self._tags] * n,
+        }
+
+    def _reject(self, rows: _Int64) -> None:
+        if len(rows):
+            self._events.append((rows, self._step))
+
+    def _hook_output(self, module: torch.nn.Module, history: History) -> None:
+        """Follow the cache that this pass makes and returns, once it is there."""
+
+        def follow(module: torch.nn.Module, args: Any, output: Any) -> None:
+            self._unhook()
+            values = output.values() if isinstance(output, Mapping) else output
+            for value in (
+                values if isinstance(values, Iterable) and not isinstance(values, torch.Tensor) else ()
+            ):
+                if hasattr(value, "get_seq_length") and self._watcher.find(value) is None:
+                    self._watcher.watch(value, history)
+
+        self._unhook()  # the one of a pass that failed
+        self._output_hook = module.register_forward_hook(follow)
+
+    def _unhook(self) -> None:
+        if self._output_hook is not None:
+            self._output_hook.remove()
+            self._output_hook = None
+
+
+class _Texts:
+    """Text of single tokens, each decoded once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._decode: Callable[[list[int]], str] = tokenizer.decode
+        self._special = frozenset(getattr(tokenizer, "all_special_ids", ()))
+        self._known: dict[int, str | None] = {}
+
+    def of_prompt(self, ids: _Int64) -> str:
+        """Text of a whole prompt, less placeholders for images and the like, whose ids are negative."""
+        return self._decode(ids[ids >= 0].tolist())
+
+    def columns(self, ids: _Int64) -> tuple[list[str | None], list[bool]]:
+        """Text and speciality of each token."""
+        numbers = ids.tolist()
+        known = self._known
+        for number in set(numbers).difference(known):
+            known[number] = self._decode([number]) if number >= 0 else None
+        return [known[number] for number in numbers], [number in self._special for number in numbers]
