@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ def file_slug(name: str) -> str:
     """
     if _SAFE_SLUG.fullmatch(name) and not name.endswith("."):
         return name
-    kept = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.")[:60]
+    kept = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:60]
     return f"{kept or 'site'}~{digest(name.encode()).hex()[:16]}"
 
 
@@ -157,6 +157,8 @@ class Manifest:
     sites, tables : tuples of entries
     optional_features : tuple of str
         Kept, never needed.
+    format_version : int
+        Of the writer; one that is older than this must not append.
     """
 
     rank: int
@@ -170,6 +172,7 @@ class Manifest:
     sites: tuple[SiteEntry, ...] = ()
     tables: tuple[TableEntry, ...] = ()
     optional_features: tuple[str, ...] = ()
+    format_version: int = spec.FORMAT_VERSION
 
     def files(self) -> set[str]:
         """Return the paths of all parts, below the rank's directory."""
@@ -297,7 +300,6 @@ def _from_json(value: Json, where: str) -> Manifest:
             f"{where}: needs a reader of version {needed} with {', '.join(features) or 'no features'}; this one "
             f"knows version {spec.FORMAT_VERSION} and no features: install a newer strapfmt"
         )
-    fields.integer("format_version", 1)
     counters = fields.inner("counters")
     manifest = Manifest(
         rank=fields.integer("rank", 0, spec.MAX_RANK),
@@ -314,9 +316,11 @@ def _from_json(value: Json, where: str) -> Manifest:
         ),
         tables=tuple(
             _table(Fields(table, f"tables.{i}", problems))
-            for i, table in enumerate(fields.array("tables", len(spec.TABLES)))
+            for i, table in enumerate(fields.array("tables"))
+            if not _is_newer_table(table)
         ),
         optional_features=fields.texts("optional_features"),
+        format_version=fields.integer("format_version", 1),
     )
     for kind, names in (
         ("sites", [site.spec.name for site in manifest.sites]),
@@ -324,10 +328,25 @@ def _from_json(value: Json, where: str) -> Manifest:
     ):
         if len(set(names)) != len(names) and not problems:
             problems.append(f"{kind}: expected distinct names")
+    problems.extend(_rows_of_others(manifest))
     if problems:
         shown = "\n  ".join(problems[:20])
         raise CorruptError(f"{where}: {len(problems)} problem(s):\n  {shown}", problems)
     return manifest
+
+
+def _is_newer_table(table: Json) -> bool:
+    """Whether a later version added this table, which readers of this one ignore."""
+    name = table.get("name") if isinstance(table, dict) else None
+    return isinstance(name, str) and name not in spec.TABLES
+
+
+def _rows_of_others(manifest: Manifest) -> Iterator[str]:
+    for i, site in enumerate(manifest.sites):
+        for k, shard in enumerate(site.shards):
+            first, last = shard.first_row or 0, shard.last_row or 0
+            if not first >> spec.RANK_SHIFT == last >> spec.RANK_SHIFT == manifest.rank:
+                yield f"sites.{i}.shards.{k}: expected rows of rank {manifest.rank}, got {first}..{last}"
 
 
 def _are_objects(value: Json) -> bool:

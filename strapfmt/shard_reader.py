@@ -68,7 +68,9 @@ class ShardReader:
         self._mapped: _Mapped | None = None
         self._verified: npt.NDArray[np.bool_] = np.zeros(0, bool)
         for part in shard.parts:
-            if part.must_understand and (part.role not in ROLES or part.codec not in CODECS):
+            if (part.must_understand or part.role in ROLES) and (
+                part.role not in ROLES or part.codec not in CODECS
+            ):
                 raise UnsupportedError(
                     f"{self.place}: a part of role {part.role!r} with codec {part.codec!r} must be understood, and "
                     "this version of strapfmt does not know it: install a newer one"
@@ -119,7 +121,7 @@ class ShardReader:
         header, body = self._message(number)
         self._check_header(number, header)
         place = f"{self.place}: record batch {number}"
-        if not self._is_plain:
+        if not self.is_plain:
             _check_expansion(place, header, body, entry)
         memory, start = self._memory(number), int(entry["offset"])
         message = pa.py_buffer(memory).slice(start, len(header) + len(body))
@@ -159,10 +161,11 @@ class ShardReader:
     @property
     def is_row_aligned(self) -> bool:
         """Whether the data file is one 2-D tensor."""
-        return self._is_plain and self._layout.kind == "rows"
+        return self.is_plain and self._layout.kind == "rows"
 
     @property
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
+        """Whether bodies on disk are the memory of the tensor."""
         return CODECS[self._part("data").codec].is_plain
 
     def rows_between(self, start: int, stop: int) -> Array:
@@ -248,7 +251,7 @@ class ShardReader:
     def _decoded(self, number: int) -> Array:
         """Return one batch's activations as storage numbers, [n_rows, row_values]; do not write into it."""
         site = self._fixed_site()
-        if self._is_plain:
+        if self.is_plain:
             return np.frombuffer(self.body(number), site.stored_dtype.numpy).reshape(-1, site.row_values)
         values = self.batch(number, verify=False).column(0).flatten()
         return np.asarray(values.to_numpy(zero_copy_only=True)).reshape(-1, site.row_values)
@@ -366,10 +369,14 @@ class ShardReader:
             raise CorruptError(
                 f"{place}: a record batch ends at {int(ends.max())}, the file at {len(memory)}"
             )
-        if self._site is not None and not self._site.is_ragged and self._is_plain:
+        if self._site is not None and not self._site.is_ragged and self.is_plain:
             needed = batches["n_rows"].astype(np.uint64) * np.uint64(self._site.row_bytes)
             if np.any(needed > batches["body_bytes"]):
                 raise CorruptError(f"{place}: a record batch is shorter than its rows")
+            in_rows = self.is_row_aligned and not is_tail
+            unit = self._site.row_bytes if in_rows else self._site.stored_dtype.item_bytes
+            if np.any((batches["offset"] + batches["header_bytes"].astype(np.uint64)) % np.uint64(unit)):
+                raise CorruptError(f"{place}: a body does not begin at a multiple of {unit} bytes")
 
     def _read_index(self) -> ShardIndex:
         part = self._part("index")

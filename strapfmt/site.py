@@ -233,8 +233,8 @@ class Site:
         """
         self._check_fixed("views()")
         for shard, start, _ in self._spans():
-            if not self._is_plain:
-                raise ViewError(f"site {self.name!r}: compressed with {self.codec!r}; use tensor() or scan()")
+            if not shard.is_plain:
+                raise ViewError(f"site {self.name!r}: {shard.place} is compressed; use tensor() or scan()")
             if self._always:
                 shard.verify(0, shard.n_batches)
             for first, tensor in shard.views():
@@ -366,10 +366,6 @@ class Site:
         for shard, start in zip(self._shards(), self._starts.tolist(), strict=False):
             yield shard, start, start + shard.shard.n_rows
 
-    @property
-    def _is_plain(self) -> bool:
-        return self.codec == "none"
-
     def _check_fixed(self, what: str) -> None:
         self._shards()
         if self.is_ragged:
@@ -390,14 +386,14 @@ class Site:
 
     def _one_view(self, start: int, stop: int) -> torch.Tensor | None:
         """Return rows `start` to `stop` as a view where they lie in one plain body."""
-        if not self._is_plain or start >= stop:
+        if start >= stop:
             return None
         number = int(np.searchsorted(self._starts, start, "right")) - 1
         shard, begin = self._readers[number], int(self._starts[number])
         firsts = shard.index.batches["first_ordinal"].astype(np.int64)
         batch = int(np.searchsorted(firsts, start - begin, "right")) - 1
         first = begin + int(firsts[batch])
-        if stop > first + int(shard.index.batches["n_rows"][batch]):
+        if not shard.is_plain or stop > first + int(shard.index.batches["n_rows"][batch]):
             return None
         if self._always:
             shard.verify(batch, batch + 1)

@@ -25,6 +25,7 @@ from strapfmt.errors import (
     ArgumentError,
     DatasetExistsError,
     SiteNotFoundError,
+    UnsupportedError,
     WriterClosedError,
 )
 from strapfmt.layout import body_alignment, plan_layout
@@ -337,7 +338,13 @@ class DatasetWriter:
     def _read_manifest(self, lock: Lock) -> Manifest:
         path = self._root / spec.MANIFEST_NAME
         try:
-            return Manifest.decode(path.read_bytes(), str(path))
+            manifest = Manifest.decode(path.read_bytes(), str(path))
+            if manifest.format_version > spec.FORMAT_VERSION:
+                raise UnsupportedError(
+                    f"{path}: written by format version {manifest.format_version}, to which this one "
+                    f"({spec.FORMAT_VERSION}) must not append: install a newer strapfmt"
+                )
+            return manifest
         except BaseException:
             lock.release()
             raise
