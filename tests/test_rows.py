@@ -43,6 +43,7 @@ class Recorder:
         self.steps: list[Step] = []
         self.inputs: list[dict[str, Any]] = []
         self.values: list[torch.Tensor] = []
+        self._late: list[Any] = []
         self._depth = 0
         self._handles: list[Any] = []
         for module in row_modules(model):
@@ -86,7 +87,8 @@ class Recorder:
 
     def events(self) -> list[dict[str, Any]]:
         """The `row_events` table, with what came after the last step."""
-        found = [step.events for step in self.steps] + [self.tracker.take_events()]
+        self._late.append(self.tracker.take_events())
+        found = [*(step.events for step in self.steps), *self._late]
         return [row for columns in found if columns is not None for row in as_table(columns).to_pylist()]
 
 
@@ -156,7 +158,8 @@ def check_invariants(recorder: Recorder) -> None:
     sequences = recorder.sequences()
     assert {row["sequence_id"] for row in rows} <= set(sequences)
     for number, step in enumerate(recorder.steps):
-        assert step.rows.dtype == np.int64 and (step.selected is None or step.selected.dtype == np.int64)
+        assert step.rows.dtype == np.int64
+        assert step.selected is None or step.selected.dtype == np.int64
         table = as_table(step.tokens)
         assert table["row"].to_pylist() == step.rows.tolist()
         assert set(table["step"].to_pylist()) <= {step.step}
@@ -183,7 +186,8 @@ def test_padding_has_no_row_and_positions_do_not_count_it(side: str) -> None:
     assert tokens_of(recorder) == dict(enumerate(sequences))
     assert [row["batch_index"] for row in recorder.rows()] == [0] * 3 + [1] * 7 + [2]
     real = padded(sequences, side)["attention_mask"].reshape(-1)
-    assert step.selected is not None and step.selected.tolist() == real.nonzero().flatten().tolist()
+    assert step.selected is not None
+    assert step.selected.tolist() == real.nonzero().flatten().tolist()
     check_invariants(recorder)
 
 
@@ -270,7 +274,8 @@ def test_a_static_cache_with_its_four_dimensional_mask(family: str, attention: s
         output = generate(model, padded(sequences, side), 4, cache_implementation="static")
     masks = [inputs["attention_mask"] for inputs in recorder.inputs]
     masks = [next(iter(mask.values())) if isinstance(mask, dict) else mask for mask in masks]
-    assert masks[0].ndim == 4 and masks[0].is_floating_point() == (attention == "eager")
+    assert masks[0].ndim == 4
+    assert masks[0].is_floating_point() == (attention == "eager")
     expected = [s + new for s, new in zip(sequences, output[:, 11:-1].tolist(), strict=True)]
     assert tokens_of(recorder) == dict(enumerate(expected))
     check_invariants(recorder)
@@ -291,7 +296,8 @@ def test_a_mask_that_lets_padding_attend_to_everything() -> None:
             step = recorder.tracker.begin(
                 model, (), {"input_ids": torch.tensor([[PAD, 5, 6], [7, 8, 9]]), "attention_mask": given}
             )
-        assert step.selected is not None and step.selected.tolist() == [1, 2, 3, 4, 5]
+        assert step.selected is not None
+        assert step.selected.tolist() == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
@@ -316,7 +322,8 @@ def test_chunked_prefill_is_one_sequence(cache_implementation: str) -> None:
     expected = [s + new for s, new in zip(sequences, output[:, 10:-1].tolist(), strict=True)]
     assert [step.n_query for step in recorder.steps] == [3, 3, 3, 1, 1, 1]
     assert tokens_of(recorder) == dict(enumerate(expected))
-    assert recorder.steps[0].selected is not None and len(recorder.steps[0].rows) == 3
+    assert recorder.steps[0].selected is not None
+    assert len(recorder.steps[0].rows) == 3
     check_invariants(recorder)
 
 
@@ -424,7 +431,8 @@ def test_generation_without_a_cache_processes_the_prefix_again() -> None:
         assert table["position"].to_pylist() == [*range(len(expected[0])), *range(len(expected[1]))]
         assert table["token_id"].to_pylist() == [*expected[0], *expected[1]]
         parents = table["parent_row"].to_pylist()
-        assert parents[0] is None and parents[1] == step.rows[0]
+        assert parents[0] is None
+        assert parents[1] == step.rows[0]
     assert set(as_table(recorder.steps[4].tokens)["sequence_id"].to_pylist()) == {2, 3}
 
 
@@ -494,7 +502,8 @@ def test_beam_search_follows_the_hypothesis(family: str, use_cache: bool) -> Non
             continue
         own = [row for row in rows if row["sequence_id"] == sequence_id]
         first = own[0] if use_cache else next(r for r in own if r["position"] == sequence["fork_position"])
-        assert first["position"] == sequence["fork_position"] and first["step"] == sequence["first_step"]
+        assert first["position"] == sequence["fork_position"]
+        assert first["step"] == sequence["first_step"]
         if use_cache:
             assert next(r for r in rows if r["row"] == first["parent_row"])["sequence_id"] == parent
         assert sequence["n_prompt_tokens"] == recorder.sequences()[parent]["n_prompt_tokens"]
@@ -538,12 +547,14 @@ def test_rejected_drafts_are_marked_and_leave_the_history() -> None:
     assert rejected, "nothing was proposed: no test"
     kept = [row for row in rows if row["row"] not in rejected]
     ids = [row["token_id"] for row in sorted(kept, key=lambda row: row["position"])]
-    assert ids == output[0, : len(ids)].tolist() and len(ids) >= output.shape[1] - 1
+    assert ids == output[0, : len(ids)].tolist()
+    assert len(ids) >= output.shape[1] - 1
     assert {row["sequence_id"] for row in rows} == {0}
     assert not rejected & {link["row"] for link in chains(rows)[kept[-1]["row"]]}
     for event in recorder.events():
         step = next(row["step"] for row in rows if row["row"] == event["row"])
-        assert event["event"] == "rejected" and event["step"] == step
+        assert event["event"] == "rejected"
+        assert event["step"] == step
     check_invariants(recorder)
 
 
@@ -555,7 +566,9 @@ def test_a_crop_after_the_last_pass_is_not_lost() -> None:
         cache.crop(-1)
         del cache
         events = recorder.tracker.take_events()
-    assert events is not None and list(events["row"]) == [3, 7] and list(events["step"]) == [0, 0]
+    assert events is not None
+    assert list(events["row"]) == [3, 7]
+    assert list(events["step"]) == [0, 0]
     assert recorder.tracker.take_events() is None
 
 
@@ -569,7 +582,8 @@ def test_a_cache_cut_behind_our_back_is_noticed() -> None:
             layer.crop(-2)
         model(ids[:, :1], past_key_values=cache)
     assert [event["row"] for event in recorder.events()] == [2, 3]
-    assert recorder.rows()[-1]["position"] == 2 and recorder.rows()[-1]["parent_row"] == 1
+    assert recorder.rows()[-1]["position"] == 2
+    assert recorder.rows()[-1]["parent_row"] == 1
 
 
 def test_a_pass_that_failed_leaves_no_trace_in_the_history() -> None:
@@ -685,9 +699,8 @@ def test_text_specials_prompts_and_tags() -> None:
     assert [row["token"] for row in rows] == ["<bos>", "the", " ", "c", "a", "t", "<eos>", "a", "b"]
     assert [row["is_special"] for row in rows] == [True] + [False] * 5 + [True] + [False] * 2
     first, second = recorder.sequences().values()
-    assert first["prompt"] == tokenizer.decode(ids) and second["prompt"] == tokenizer.decode(
-        tokenizer.encode("ab")
-    )
+    assert first["prompt"] == tokenizer.decode(ids)
+    assert second["prompt"] == tokenizer.decode(tokenizer.encode("ab"))
     assert first["prompt_token_ids"] == ids
     assert json.loads(first["tags"]) == {"split": "tést", "n": 1}
 
@@ -713,7 +726,10 @@ def test_a_model_that_is_given_no_tokens_numbers_no_rows() -> None:
     with recording(model) as recorder:
         model(torch.randn(5, 3))
     (step,) = recorder.steps
-    assert not step.is_language and step.tokens == {} and step.rows.size == 0 and step.sequences is None
+    assert not step.is_language
+    assert step.tokens == {}
+    assert step.rows.size == 0
+    assert step.sequences is None
     assert recorder.counters == {"row": 0, "step": 1, "sequence": 0}
 
 
@@ -721,7 +737,9 @@ def test_a_batch_of_nothing_but_padding_has_no_rows() -> None:
     tracker = Recorder(torch.nn.Identity()).tracker
     inputs = {"input_ids": torch.tensor([[PAD, PAD]]), "attention_mask": torch.zeros(1, 2, dtype=torch.long)}
     step = tracker.begin(torch.nn.Identity(), (), inputs)
-    assert step.is_language and step.rows.size == 0 and as_table(step.tokens).num_rows == 0
+    assert step.is_language
+    assert step.rows.size == 0
+    assert as_table(step.tokens).num_rows == 0
 
 
 @pytest.mark.parametrize(
@@ -748,7 +766,8 @@ def test_closing_leaves_the_cache_and_the_model_as_they_were() -> None:
         branch = copy.deepcopy(cache)
         assert set(vars(cache)) > before
     assert set(vars(cache)) == set(vars(branch)) == before
-    assert not model._forward_hooks and not model._forward_pre_hooks
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
     cache.reorder_cache(torch.tensor([1, 0]))
 
 
@@ -774,7 +793,7 @@ def test_a_watched_cache_can_be_copied_and_pickled_and_still_works() -> None:
     with recording(model):
         model(torch.tensor(prompts(3, 3)), past_key_values=cache)
         keys = cache.layers[0].keys.clone()
-        for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):  # noqa: S301 - our own bytes
             other.reorder_cache(torch.tensor([1, 1]))
             assert torch.equal(other.layers[0].keys, keys[[1, 1]])
             assert torch.equal(cache.layers[0].keys, keys)

@@ -31,7 +31,8 @@ class HookPoint:
     where : str
         `"in"` or `"out"`.
     index : int or None
-        The element of a tuple output; None takes a tensor itself, or the first tensor of a tuple or mapping.
+        The element of a tuple output; None takes a tensor itself, or the first tensor of a tuple or mapping that
+        is no scalar.
     kwarg : str or None
         The name of the value among keyword arguments (`in`) or in a mapping output (`out`), where it has one.
     heads_first : bool
@@ -195,7 +196,8 @@ def _uniform(decoder: Decoder) -> Iterator[HookPoint]:
 
 
 def _first_tensor(values: Sequence[Any]) -> Any:
-    return next((value for value in values if isinstance(value, torch.Tensor)), None)
+    """The first tensor that can hold activations; a scalar is a loss."""
+    return next((value for value in values if isinstance(value, torch.Tensor) and value.ndim), None)
 
 
 def _child(module: torch.nn.Module, path: str) -> torch.nn.Module | None:

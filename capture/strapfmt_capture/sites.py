@@ -103,7 +103,7 @@ def row_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     CaptureError
         For an encoder-decoder model, where two streams of tokens run at once.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         raise CaptureError(
             f"{type(model).__name__} is an encoder-decoder model, which is not supported yet: its encoder and "
             "decoder process different tokens; capture one of them alone, for example model.get_encoder()"
