@@ -1,0 +1,46 @@
+"""The command line: `strapfmt demo | capture | info | head | sql | verify | repair | stats`.
+
+Commands import what they need when they run, so that `strapfmt --help` answers at once.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from strapfmt.cli import capturing, checking, demo, reading
+from strapfmt.cli.app import app
+from strapfmt.cli.output import printable
+from strapfmt.errors import StrapfmtError
+
+__all__ = ["app", "main"]
+
+for _command in (
+    demo.demo,
+    capturing.capture,
+    reading.info,
+    reading.head,
+    reading.sql,
+    reading.stats,
+    checking.verify,
+    checking.repair,
+):
+    app.command()(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit: 0 done, 1 a problem was found, 2 wrong usage or input.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Without the program's name; default `sys.argv[1:]`.
+    """
+    try:
+        app(args=arguments, prog_name="strapfmt")
+    except (StrapfmtError, OSError) as error:
+        print(f"error: {printable(str(error) or type(error).__name__)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,265 @@
+"""The command `demo`: the whole of strapfmt on one small model, in under a minute and without a network."""
+
+import importlib
+import inspect
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.syntax import Syntax
+from rich.text import Text
+
+from strapfmt.cli.app import JsonOption
+from strapfmt.cli.latents import learn
+from strapfmt.cli.models import Generation, LanguageModel, load
+from strapfmt.cli.output import console, notes, print_json, print_table, printable
+from strapfmt.report import size_text
+from strapfmt.text import visible
+
+__all__ = ["demo"]
+
+PROMPTS = (
+    "Return a list of",
+    "Open a file and return",
+    "Raise an error if the",
+    "This module provides classes and functions that",
+)
+READ_FROM = (
+    "argparse",
+    "asyncio",
+    "collections",
+    "datetime",
+    "decimal",
+    "email.message",
+    "inspect",
+    "json",
+    "logging",
+    "pathlib",
+    "random",
+    "socket",
+    "statistics",
+    "subprocess",
+    "tarfile",
+    "typing",
+    "zipfile",
+)
+N_READ = 160
+READ_CHARS = 600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One question with the SQL that answers it."""
+
+    asks: str
+    sql: str
+
+
+def questions(layer: int) -> list[Question]:
+    """Return the three questions, asked of the residual stream after block `layer`."""
+    return [
+        Question(
+            asks=f"Which tokens make the longest activations after block {layer}?",
+            sql=(
+                "SELECT token, count(*) AS n, round(avg(l2_norm), 1) AS mean_norm, round(max(abs_max), 1) AS peak\n"
+                f'FROM tokens JOIN "blocks.{layer}.resid_post" USING (row)\n'
+                "GROUP BY token HAVING count(*) >= 3 ORDER BY mean_norm DESC LIMIT 6"
+            ),
+        ),
+        Question(
+            asks="How does the residual stream grow from block to block, while reading and while writing?",
+            sql=(
+                "SELECT site, round(avg(l2_norm) FILTER (phase = 'prefill'), 2) AS reading,\n"
+                "       round(avg(l2_norm) FILTER (phase = 'decode'), 2) AS writing\n"
+                "FROM stats JOIN tokens USING (row)\n"
+                "WHERE site LIKE '%.resid_post' AND NOT is_special GROUP BY site ORDER BY site"
+            ),
+        ),
+        Question(
+            asks=f"Which tokens look most like the last one it wrote, by the angle after block {layer}?",
+            sql=(
+                "WITH last AS (SELECT row, activation FROM tokens\n"
+                f'              JOIN "blocks.{layer}.resid_post" USING (row)\n'
+                "              WHERE phase = 'decode' ORDER BY row DESC LIMIT 1)\n"
+                "SELECT t.token, t.sequence_id, t.position,\n"
+                "       round(array_cosine_similarity(s.activation, last.activation), 3) AS cosine\n"
+                f'FROM "blocks.{layer}.resid_post" s JOIN tokens t USING (row), last\n'
+                "WHERE s.row <> last.row ORDER BY cosine DESC LIMIT 6"
+            ),
+        ),
+    ]
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="The dataset to write.")] = Path("demo.strap"),
+    model: Annotated[
+        str, typer.Option(help="'demo', a folder, or a name on the Hugging Face hub such as gpt2.")
+    ] = "demo",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset at --out.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of sampling and of the autoencoder.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Show all of strapfmt on a small model, in under a minute.
+
+    It captures the model that comes with strapfmt, asks SQL questions, trains a sparse autoencoder on the
+    activations, and checks every byte. No network is needed.
+    """
+    started = time.monotonic()
+    to = notes() if as_json else console()
+    language_model = load(model)
+    layers = int(language_model.model.config.num_hidden_layers)
+    layer = layers // 2
+    _introduce(language_model, to)
+    recorded = _record(language_model, out, overwrite=overwrite, seed=seed, to=to)
+
+    import strapfmt
+
+    with strapfmt.open(out) as ds:
+        answers = _ask(ds, layer, to)
+        learned = _learn(ds, f"blocks.{layer}.resid_post", seed, to)
+    verified = _check(out, to)
+    _where_next(out, layer, time.monotonic() - started, to)
+    if as_json:
+        print_json(
+            {
+                "path": str(out),
+                **recorded,
+                "questions": answers,
+                "sae": learned,
+                "verify": verified,
+                "duration_s": time.monotonic() - started,
+            }
+        )
+    if not verified["valid"]:
+        raise typer.Exit(1)
+
+
+def _step(title: str, to: Console) -> None:
+    to.print()
+    to.print(Rule(Text(title, style="bold"), align="left", characters="─" if to.encoding == "utf-8" else "-"))
+
+
+def _introduce(language_model: LanguageModel, to: Console) -> None:
+    _step("1  A language model", to)
+    model = language_model.model
+    to.print(
+        f"{type(model).__name__} {language_model.name!r}: {language_model.n_parameters:,} parameters, "
+        f"{model.config.num_hidden_layers} blocks, width {model.config.hidden_size}, {str(model.dtype)[6:]}"
+    )
+
+
+def _record(
+    language_model: LanguageModel, out: Path, *, overwrite: bool, seed: int, to: Console
+) -> dict[str, Any]:
+    """Capture prompts being continued and texts being read; show what was written."""
+    import strapfmt
+
+    _step("2  Capture: it continues four prompts, and reads some documentation", to)
+    texts = list(_documentation())
+    started = time.monotonic()
+    with strapfmt.capture(
+        language_model.model,
+        out,
+        sites=["blocks.*.resid_post"],
+        tokenizer=language_model.tokenizer,
+        mode="overwrite" if overwrite else "create",
+        tags={"made_by": "strapfmt demo"},
+    ) as recording:
+        read = Generation(batch_size=16, max_new_tokens=0)
+        write = Generation(max_new_tokens=48, do_sample=True, temperature=0.7, seed=seed)
+        for _ in language_model.run(texts, read):
+            pass
+        generations = list(language_model.run(PROMPTS, write))
+    duration_s = time.monotonic() - started
+    for prompt, continuation in generations:
+        to.print(Text.assemble(("  " + visible(prompt), "bold"), visible(continuation, 76)))
+    to.print(str(recording.report))
+    return {
+        "capture": {"report": recording.report.to_dict(), "duration_s": duration_s},
+        "generations": [{"prompt": prompt, "continuation": new} for prompt, new in generations],
+    }
+
+
+def _documentation() -> Iterator[str]:
+    """Yield beginnings of docstrings of the standard library: text that is on every machine with Python."""
+    n = 0
+    for name in READ_FROM:
+        module = importlib.import_module(name)
+        for _, member in sorted(
+            inspect.getmembers(module, lambda m: inspect.isclass(m) or inspect.isfunction(m))
+        ):
+            text = inspect.getdoc(member) or ""
+            if len(text) >= 80 and n < N_READ:
+                n += 1
+                yield text[:READ_CHARS]
+
+
+def _ask(ds: Any, layer: int, to: Console) -> list[dict[str, Any]]:
+    _step("3  Three questions in SQL", to)
+    answers = []
+    for question in questions(layer):
+        started = time.monotonic()
+        result = ds.sql(question.sql)
+        duration_s = time.monotonic() - started
+        to.print()
+        to.print(Text(question.asks, style="bold"))
+        to.print(Padding(Syntax(question.sql, "sql", background_color="default"), (0, 0, 0, 2)))
+        print_table(result.columns, result, title=f"{duration_s * 1000:.0f} ms", to=to)
+        rows = [dict(zip(result.columns, row, strict=True)) for row in result]
+        answers.append({"asks": question.asks, "sql": question.sql, "rows": rows, "duration_s": duration_s})
+    return answers
+
+
+def _learn(ds: Any, site: str, seed: int, to: Console) -> dict[str, Any]:
+    _step("4  A sparse autoencoder, trained on what was captured", to)
+    learned = learn(ds, site, seed=seed)
+    to.print(
+        f"{learned['n_latents']} latents, {learned['k']} for each of {ds[site].n_rows:,} activations of {site}; "
+        f"{learned['n_steps']} steps in {learned['duration_s']:.1f} s"
+    )
+    to.print(
+        f"It explains {learned['fraction_explained']:.1%} of the variance; "
+        f"{learned['n_dead']} latents never fire. A few of the others:"
+    )
+    print_table(
+        ("latent", "fires on", "strongest at these tokens, after their context"),
+        [(each["latent"], f"{each['share']:.1%}", _contexts(each["top"])) for each in learned["latents"]],
+        to=to,
+    )
+    return learned
+
+
+def _contexts(top: Sequence[dict[str, Any]]) -> Text:
+    shown = Text(overflow="fold")
+    for entry in top:
+        separator = " | " if shown else ""
+        shown.append(separator + visible(entry["before"]), style="dim")
+        shown.append(visible(entry["token"]), style="bold")
+    return shown
+
+
+def _check(out: Path, to: Console) -> dict[str, Any]:
+    import strapfmt
+
+    _step("5  Every byte checked", to)
+    started = time.monotonic()
+    report = strapfmt.verify(out)
+    to.print(printable(f"{report}, {time.monotonic() - started:.2f} s"))
+    return report.to_dict()
+
+
+def _where_next(out: Path, layer: int, duration_s: float, to: Console) -> None:
+    n_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    _step(f"Done in {duration_s:.0f} s: {out.resolve()}, {size_text(n_bytes)} of plain Arrow files", to)
+    to.print("Go on with:")
+    to.print(f"  strapfmt info {out}")
+    to.print(f"  strapfmt head {out} blocks.{layer}.resid_post")
+    to.print(f"  strapfmt sql {out} 'SELECT phase, count(*) FROM tokens GROUP BY phase'")
+    to.print("  strapfmt capture gpt2.strap --model gpt2 --prompt 'The capital of France is'")
+    to.print(f"  python -c 'import strapfmt; print(strapfmt.open(\"{out}\").sites)'")
