@@ -1,13 +1,63 @@
-"""Says whether a writer may have a path, before anything is touched."""
+"""Gives a writer its rank of a dataset: says whether it may have it, locks it, and finds what is there."""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import time
+import uuid
 from pathlib import Path
 
 from strapfmt import spec
+from strapfmt.commit import Disk, Lock
 from strapfmt.errors import ArgumentError, DatasetExistsError, DatasetNotFoundError
+from strapfmt.manifest import Manifest
 
-__all__ = ["check_writable", "exists_message"]
+__all__ = ["check_writable", "claim_rank"]
+
+
+def claim_rank(disk: Disk, path: Path, rank: int | None, mode: str) -> tuple[Lock, Manifest]:
+    """Lock a rank and return what is committed there; a new rank's manifest says commit -1.
+
+    Parameters
+    ----------
+    disk : Disk
+    path : Path
+    rank : int or None
+        None: the only writer, at rank 0.
+    mode : {"create", "overwrite", "append"}
+
+    Raises
+    ------
+    ArgumentError, DatasetExistsError, DatasetNotFoundError, WriterConflictError
+    """
+    check_writable(path, rank=rank, mode=mode)
+    root = path / spec.RANK_DIRECTORY.format(rank=rank or 0)
+    if mode == "overwrite":
+        _remove(disk, path if rank is None else root, path)
+    if mode == "append" and root.exists():
+        lock = Lock(root)
+        try:
+            file = root / spec.MANIFEST_NAME
+            return lock, Manifest.decode(file.read_bytes(), str(file))
+        except BaseException:
+            lock.release()
+            raise
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        disk.mkdir(root)
+    except FileExistsError:
+        Lock(root).release()
+        raise DatasetExistsError(_exists_message(path, rank or 0)) from None
+    now = time.time_ns()
+    return Lock(root), Manifest(
+        rank=rank or 0,
+        writer_id=uuid.uuid4().hex,
+        commit=-1,
+        is_clean=False,
+        created_ns=now,
+        committed_ns=now,
+    )
 
 
 def check_writable(path: str | Path, *, rank: int | None = None, mode: str = "create") -> None:
@@ -30,10 +80,10 @@ def check_writable(path: str | Path, *, rank: int | None = None, mode: str = "cr
     if path.exists() and not _is_dataset(path):
         raise DatasetExistsError(f"{path}: exists and is no strapfmt dataset; it is never overwritten")
     if mode == "create" and (root.exists() or (rank is None and path.exists() and any(path.iterdir()))):
-        raise DatasetExistsError(exists_message(path, rank or 0))
+        raise DatasetExistsError(_exists_message(path, rank or 0))
 
 
-def exists_message(path: Path, rank: int) -> str:
+def _exists_message(path: Path, rank: int) -> str:
     """Return what to tell somebody who would create what exists."""
     return (
         f"{path}: rank {rank} of this dataset exists; overwrite=True (mode='overwrite') replaces it, "
@@ -45,3 +95,16 @@ def _is_dataset(path: Path) -> bool:
     return path.is_dir() and all(
         entry.name.startswith("rank-") and entry.is_dir() for entry in path.iterdir()
     )
+
+
+def _remove(disk: Disk, directory: Path, dataset: Path) -> None:
+    """Move what is to be replaced out of the way in one step, then delete it."""
+    if not directory.exists():
+        return
+    ranks = [directory] if directory != dataset else sorted(directory.glob("rank-*"))
+    doomed = dataset.with_name(f"{dataset.name}.{uuid.uuid4().hex[:8]}{spec.TMP_SUFFIX}")
+    with contextlib.ExitStack() as locks:
+        for rank in ranks:
+            locks.callback(Lock(rank).release)
+        disk.rename(directory, doomed)
+    shutil.rmtree(doomed)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 import threading
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +15,12 @@ import pyarrow as pa
 
 from strapfmt import spec
 from strapfmt.arrowfile import MessageEncoder
-from strapfmt.claim import check_writable, exists_message
+from strapfmt.claim import claim_rank
 from strapfmt.codecs import get_codec
-from strapfmt.commit import Disk, IoThread, Lock
+from strapfmt.commit import Disk, IoThread
 from strapfmt.errors import (
     ArgumentError,
-    DatasetExistsError,
     SiteNotFoundError,
-    UnsupportedError,
     WriterClosedError,
 )
 from strapfmt.layout import body_alignment, plan_layout
@@ -117,7 +112,6 @@ class DatasetWriter:
         provenance: Mapping[str, Any] | None = None,
         disk: Disk | None = None,
     ) -> None:
-        check_writable(path, rank=rank, mode=mode)
         get_codec(codec)
         if batch_bytes < 1 or shard_bytes < 1 or commit_interval_s < 0:
             raise ArgumentError(
@@ -128,7 +122,7 @@ class DatasetWriter:
         self._commit_interval_s = commit_interval_s
         self._disk = disk or Disk()
         self._root = self.path / spec.RANK_DIRECTORY.format(rank=self.rank)
-        self._lock, self._manifest = self._claim(mode, sole=rank is None)
+        self._lock, self._manifest = claim_rank(self._disk, self.path, rank, mode)
         self._counters = dict(self._manifest.counters)
         session = {**(provenance or {}), "started_ns": time.time_ns(), "counters": dict(self._counters)}
         self._sessions = [*self._manifest.sessions, session]
@@ -310,56 +304,7 @@ class DatasetWriter:
         else:
             self.abort()
 
-    # Claiming a rank.
-
-    def _claim(self, mode: str, *, sole: bool) -> tuple[Lock, Manifest]:
-        if mode == "overwrite":
-            self._remove(self.path if sole else self._root)
-        if mode == "append" and self._root.exists():
-            lock = Lock(self._root)
-            return lock, self._read_manifest(lock)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.mkdir(exist_ok=True)
-        try:
-            self._disk.mkdir(self._root)
-        except FileExistsError:
-            Lock(self._root).release()
-            raise DatasetExistsError(exists_message(self.path, self.rank)) from None
-        now = time.time_ns()
-        return Lock(self._root), Manifest(
-            rank=self.rank,
-            writer_id=uuid.uuid4().hex,
-            commit=-1,
-            is_clean=False,
-            created_ns=now,
-            committed_ns=now,
-        )
-
-    def _read_manifest(self, lock: Lock) -> Manifest:
-        path = self._root / spec.MANIFEST_NAME
-        try:
-            manifest = Manifest.decode(path.read_bytes(), str(path))
-            if manifest.format_version > spec.FORMAT_VERSION:
-                raise UnsupportedError(
-                    f"{path}: written by format version {manifest.format_version}, to which this one "
-                    f"({spec.FORMAT_VERSION}) must not append: install a newer strapfmt"
-                )
-            return manifest
-        except BaseException:
-            lock.release()
-            raise
-
-    def _remove(self, directory: Path) -> None:
-        """Move what is to be replaced out of the way in one step, then delete it."""
-        if not directory.exists():
-            return
-        ranks = [directory] if directory == self._root else sorted(directory.glob("rank-*"))
-        doomed = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:8]}{spec.TMP_SUFFIX}")
-        with contextlib.ExitStack() as locks:
-            for rank in ranks:
-                locks.callback(Lock(rank).release)
-            self._disk.rename(directory, doomed)
-        shutil.rmtree(doomed)
+    # Sites, tables and commits.
 
     def _publish_first(self) -> None:
         for name in (spec.SITES_DIRECTORY, spec.TABLES_DIRECTORY):
@@ -369,8 +314,6 @@ class DatasetWriter:
             self._disk.sync_directory(directory)
         self._commit()
         self._io.wait()
-
-    # Sites, tables and commits.
 
     def _open_site(self, site: SiteSpec) -> SiteWriter:
         entry = next((entry for entry in self._manifest.sites if entry.spec.name == site.name), None)

@@ -16,11 +16,11 @@ PACKAGES = {"strapfmt": ROOT / "strapfmt", "strapfmt_capture": ROOT / "capture" 
 # of the lines above its own, and no other unit of its own line.
 LAYERS: list[set[str]] = [
     {"spec", "errors", "text", "json_fields"},
-    {"dtypes", "codecs", "extras", "batches", "bits", "claim"},
+    {"dtypes", "codecs", "extras", "batches", "bits"},
     {"schema", "arrowfile"},
     {"manifest", "index"},
     {"layout", "commit", "mapped", "report", "row_checks"},
-    {"shard", "shard_reader"},
+    {"shard", "shard_reader", "claim"},
     {"site_writer", "site", "table"},
     {"writer", "sequence"},
     {"reader"},
@@ -45,7 +45,7 @@ FORBIDDEN: dict[str, set[str]] = {
 ONLY_ANNOTATED = {("sequence", "reader")}
 
 EVERYWHERE = set().union(*LAYERS)
-STDLIB_ONLY = {"spec", "errors", "text", "extras", "json_fields", "claim"}
+STDLIB_ONLY = {"spec", "errors", "text", "extras", "json_fields"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
