@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from strapfmt.batches import limited, resized
-from strapfmt.bits import as_integers
-from strapfmt.errors import ArgumentError, RowNotFoundError, UnsupportedError, ViewError
+from strapfmt.errors import ArgumentError, ViewError
 from strapfmt.manifest import Layout
 from strapfmt.schema import SiteSpec, site_schema
 from strapfmt.shard_reader import ShardReader
+from strapfmt.sharded import ShardedRows, integers_of
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ class View:
     tensor: torch.Tensor
 
 
-class Site:
+class Site(ShardedRows):
     """One site over all ranks and shards, in row order.
 
     `len()`, `[i]` and `[i:j]` count rows by ordinal, 0-based; `take` wants row ids, as in the column `row`.
@@ -56,29 +56,13 @@ class Site:
     def __init__(
         self, site: SiteSpec, layout: Layout, *, problem: str = "", where: str = "", verify: bool = False
     ) -> None:
+        super().__init__(site.name, where=where, problem=problem)
         self.spec, self.layout = site, layout
-        self._problem, self._where, self._always = problem, where, verify
-        self._readers: list[ShardReader] = []
-        self._starts = np.zeros(1, np.int64)
+        self._always = verify
         #: Turns a `where` string into row ids; set by what can run SQL.
         self.resolve_where: Callable[[Site, str], Array] | None = None
 
-    def add(self, shard: ShardReader) -> None:
-        """Append a shard; used while a dataset is opened."""
-        self._readers.append(shard)
-        self._starts = np.append(self._starts, self._starts[-1] + shard.shard.n_rows)
-
     # What it is.
-
-    @property
-    def problem(self) -> str:
-        """Why this version cannot read the site, "" where it can."""
-        return self._problem
-
-    @property
-    def name(self) -> str:
-        """The stored name."""
-        return self.spec.name
 
     @property
     def dtype(self) -> str:
@@ -89,11 +73,6 @@ class Site:
     def shape(self) -> tuple[int, ...]:
         """Shape of one row; -1 where it varies."""
         return self.spec.shape
-
-    @property
-    def n_rows(self) -> int:
-        """Stored rows."""
-        return int(self._starts[-1])
 
     @property
     def row_space(self) -> str:
@@ -119,65 +98,6 @@ class Site:
     def schema(self) -> pa.Schema:
         """The Arrow schema of its shards."""
         return site_schema(self.spec)
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of its files."""
-        return sum(part.n_bytes for shard in self._readers for part in shard.shard.parts)
-
-    @property
-    def n_unverified_bytes(self) -> int:
-        """Bytes whose checksums have not been compared by this reader."""
-        return sum(shard.n_unverified_bytes for shard in self._readers)
-
-    @property
-    def n_batches(self) -> int:
-        """Stored record batches."""
-        return sum(shard.n_batches for shard in self._shards())
-
-    @property
-    def batch_ordinals(self) -> npt.NDArray[np.int64]:
-        """Ordinal at which each stored record batch begins, and the end: int64 [n_batches + 1]."""
-        firsts = [
-            shard.index.batches["first_ordinal"].astype(np.int64) + start
-            for shard, start in zip(self._shards(), self._starts, strict=False)
-        ]
-        return np.concatenate([*firsts, [self.n_rows]]).astype(np.int64)
-
-    @property
-    def rows(self) -> npt.NDArray[np.int64]:
-        """Row ids in order, int64 [n_rows], a new array."""
-        parts = [shard.rows_between(0, shard.shard.n_rows) for shard in self._shards()]
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
-
-    def rows_between(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Return the row ids of ordinals `start` to `stop`, int64 [stop - start], without reading others."""
-        parts = [
-            shard.rows_between(max(start - begin, 0), min(stop, end) - begin)
-            for shard, begin, end in self._spans()
-            if begin < stop and start < end
-        ]
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
-
-    def ordinals_of(self, rows: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """Return the ordinal of each row id, int64 [n].
-
-        Raises
-        ------
-        RowNotFoundError
-            If the site does not hold one of them.
-        """
-        wanted = _integers(rows, "rows")
-        firsts = np.array([shard.shard.first_row for shard in self._shards()], np.int64)
-        which = np.searchsorted(firsts, wanted, "right") - 1
-        ordinals = np.full(len(wanted), -1, np.int64)
-        for number in np.unique(which[which >= 0]).tolist():
-            chosen = np.flatnonzero(which == number)
-            found = self._readers[number].ordinals_of(wanted[chosen])
-            ordinals[chosen] = np.where(found >= 0, found + self._starts[number], -1)
-        if np.any(ordinals < 0):
-            raise RowNotFoundError(self.name, wanted[ordinals < 0].tolist())
-        return ordinals
 
     # Tensors.
 
@@ -263,7 +183,7 @@ class Site:
         import torch
 
         self._check_fixed("gather()")
-        wanted = _integers(ordinals, "ordinals")
+        wanted = integers_of(ordinals, "ordinals")
         if np.any((wanted < 0) | (wanted >= self.n_rows)):
             raise IndexError(
                 f"site {self.name!r} has {self.n_rows} rows, got ordinals {wanted.min()}..{wanted.max()}"
@@ -336,35 +256,12 @@ class Site:
         batches = [shard.batch(i, verify=check) for shard in self._shards() for i in range(shard.n_batches)]
         return pa.Table.from_batches([batch.select(wanted) for batch in batches], schema)
 
-    def verify_batches(self, first: int, last: int) -> None:
-        """Compare the hashes of stored record batches `first` to `last` (exclusive), each once.
-
-        Raises
-        ------
-        CorruptError
-        """
-        start = 0
-        for shard in self._shards():
-            end = start + shard.n_batches
-            if start < last and first < end:
-                shard.verify(max(first - start, 0), min(last, end) - start)
-            start = end
-
     def __repr__(self) -> str:
         shape = ", ".join(["n", *("?" if size < 0 else str(size) for size in self.shape)])
         kind = f"{self.dtype} [{shape}], codec {self.codec}, {self.row_space} rows"
         return f"Site({self.name!r}: {self.n_rows} rows, {kind})"
 
     # Inside.
-
-    def _shards(self) -> Sequence[ShardReader]:
-        if self._problem:
-            raise UnsupportedError(f"{self._where}: site {self.name!r}: {self._problem}")
-        return self._readers
-
-    def _spans(self) -> Iterator[tuple[ShardReader, int, int]]:
-        for shard, start in zip(self._shards(), self._starts.tolist(), strict=False):
-            yield shard, start, start + shard.shard.n_rows
 
     def _check_fixed(self, what: str) -> None:
         self._shards()
@@ -443,13 +340,6 @@ class Site:
                 else:
                     batch = shard.batch(number, verify=True)
                     yield batch if where is None else batch.filter(where)
-
-
-def _integers(values: npt.ArrayLike, what: str) -> npt.NDArray[np.int64]:
-    array = np.asarray(values)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ArgumentError(f"{what}: expected integers [n], got {array.dtype} {list(array.shape)}")
-    return array.astype(np.int64)
 
 
 def _check_out(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, site: str) -> None:

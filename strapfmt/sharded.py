@@ -1,0 +1,132 @@
+"""The rows of a site over its shards: row ids to ordinals and back, without reading activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from strapfmt.errors import ArgumentError, RowNotFoundError, UnsupportedError
+from strapfmt.shard_reader import ShardReader
+
+__all__ = ["ShardedRows", "integers_of"]
+
+
+class ShardedRows:
+    """Rows in several shards, in row order.
+
+    Parameters
+    ----------
+    name : str
+        The site's name.
+    where : str
+        The dataset, for errors.
+    problem : str
+        Why this version cannot read the site, "" where it can; anything that needs shards raises it.
+    """
+
+    def __init__(self, name: str, *, where: str = "", problem: str = "") -> None:
+        self.name, self.problem, self._where = name, problem, where
+        self._readers: list[ShardReader] = []
+        self._starts = np.zeros(1, np.int64)
+
+    def add(self, shard: ShardReader) -> None:
+        """Append a shard; used while a dataset is opened."""
+        self._readers.append(shard)
+        self._starts = np.append(self._starts, self._starts[-1] + shard.shard.n_rows)
+
+    @property
+    def n_rows(self) -> int:
+        """Stored rows."""
+        return int(self._starts[-1])
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its files."""
+        return sum(part.n_bytes for shard in self._readers for part in shard.shard.parts)
+
+    @property
+    def n_unverified_bytes(self) -> int:
+        """Bytes whose checksums have not been compared by this reader."""
+        return sum(shard.n_unverified_bytes for shard in self._readers)
+
+    @property
+    def n_batches(self) -> int:
+        """Stored record batches."""
+        return sum(shard.n_batches for shard in self._shards())
+
+    @property
+    def batch_ordinals(self) -> npt.NDArray[np.int64]:
+        """Ordinal at which each stored record batch begins, and the end: int64 [n_batches + 1]."""
+        firsts = [
+            shard.index.batches["first_ordinal"].astype(np.int64) + start
+            for shard, start in zip(self._shards(), self._starts, strict=False)
+        ]
+        return np.concatenate([*firsts, [self.n_rows]]).astype(np.int64)
+
+    @property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """Row ids in order, int64 [n_rows], a new array."""
+        parts = [shard.rows_between(0, shard.shard.n_rows) for shard in self._shards()]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def rows_between(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Return the row ids of ordinals `start` to `stop`, int64 [stop - start], without reading others."""
+        parts = [
+            shard.rows_between(max(start - begin, 0), min(stop, end) - begin)
+            for shard, begin, end in self._spans()
+            if begin < stop and start < end
+        ]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def ordinals_of(self, rows: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Return the ordinal of each row id, int64 [n].
+
+        Raises
+        ------
+        RowNotFoundError
+            If the site does not hold one of them.
+        """
+        wanted = integers_of(rows, "rows")
+        firsts = np.array([shard.shard.first_row for shard in self._shards()], np.int64)
+        which = np.searchsorted(firsts, wanted, "right") - 1
+        ordinals = np.full(len(wanted), -1, np.int64)
+        for number in np.unique(which[which >= 0]).tolist():
+            chosen = np.flatnonzero(which == number)
+            found = self._readers[number].ordinals_of(wanted[chosen])
+            ordinals[chosen] = np.where(found >= 0, found + self._starts[number], -1)
+        if np.any(ordinals < 0):
+            raise RowNotFoundError(self.name, wanted[ordinals < 0].tolist())
+        return ordinals
+
+    def verify_batches(self, first: int, last: int) -> None:
+        """Compare the hashes of stored record batches `first` to `last` (exclusive), each once.
+
+        Raises
+        ------
+        CorruptError
+        """
+        start = 0
+        for shard in self._shards():
+            end = start + shard.n_batches
+            if start < last and first < end:
+                shard.verify(max(first - start, 0), min(last, end) - start)
+            start = end
+
+    def _shards(self) -> Sequence[ShardReader]:
+        if self.problem:
+            raise UnsupportedError(f"{self._where}: site {self.name!r}: {self.problem}")
+        return self._readers
+
+    def _spans(self) -> Iterator[tuple[ShardReader, int, int]]:
+        for shard, start in zip(self._shards(), self._starts.tolist(), strict=False):
+            yield shard, start, start + shard.shard.n_rows
+
+
+def integers_of(values: npt.ArrayLike, what: str) -> npt.NDArray[np.int64]:
+    """Return a list of integers as int64 [n], refusing anything else."""
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ArgumentError(f"{what}: expected integers [n], got {array.dtype} {list(array.shape)}")
+    return array.astype(np.int64)
