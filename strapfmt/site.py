@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from strapfmt.batches import limited, resized
+from strapfmt.bits import as_integers
 from strapfmt.errors import ArgumentError, ViewError
 from strapfmt.manifest import Layout
 from strapfmt.schema import SiteSpec, site_schema
