@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.padding import Padding
 from rich.rule import Rule
 from rich.syntax import Syntax
 from rich.text import Text
@@ -49,7 +48,7 @@ READ_FROM = (
     "typing",
     "zipfile",
 )
-N_READ = 160
+N_READ_EACH = 10
 READ_CHARS = 600
 
 
@@ -78,19 +77,19 @@ def questions(layer: int) -> list[Question]:
                 "SELECT site, round(avg(l2_norm) FILTER (phase = 'prefill'), 2) AS reading,\n"
                 "       round(avg(l2_norm) FILTER (phase = 'decode'), 2) AS writing\n"
                 "FROM stats JOIN tokens USING (row)\n"
-                "WHERE site LIKE '%.resid_post' AND NOT is_special GROUP BY site ORDER BY site"
+                "WHERE site LIKE '%.resid_post' AND NOT is_special GROUP BY site ORDER BY length(site), site"
             ),
         ),
         Question(
-            asks=f"Which tokens look most like the last one it wrote, by the angle after block {layer}?",
+            asks=f"What does the longest word it wrote resemble, by the angle after block {layer}?",
             sql=(
-                "WITH last AS (SELECT row, activation FROM tokens\n"
-                f'              JOIN "blocks.{layer}.resid_post" USING (row)\n'
-                "              WHERE phase = 'decode' ORDER BY row DESC LIMIT 1)\n"
-                "SELECT t.token, t.sequence_id, t.position,\n"
-                "       round(array_cosine_similarity(s.activation, last.activation), 3) AS cosine\n"
-                f'FROM "blocks.{layer}.resid_post" s JOIN tokens t USING (row), last\n'
-                "WHERE s.row <> last.row ORDER BY cosine DESC LIMIT 6"
+                "WITH word AS (SELECT token, activation FROM tokens\n"
+                f"              JOIN \"blocks.{layer}.resid_post\" USING (row) WHERE phase = 'decode'\n"
+                "              AND regexp_matches(token, '^ [A-Za-z]+$') ORDER BY length(token) DESC, row LIMIT 1)\n"
+                "SELECT word.token AS word, t.token AS resembles,\n"
+                "       round(max(array_cosine_similarity(s.activation, word.activation)), 3) AS cosine\n"
+                f'FROM word, "blocks.{layer}.resid_post" s JOIN tokens t USING (row)\n'
+                "WHERE t.token <> word.token GROUP BY ALL ORDER BY cosine DESC LIMIT 6"
             ),
         ),
     ]
@@ -188,16 +187,10 @@ def _record(
 
 def _documentation() -> Iterator[str]:
     """Yield beginnings of docstrings of the standard library: text that is on every machine with Python."""
-    n = 0
     for name in READ_FROM:
-        module = importlib.import_module(name)
-        for _, member in sorted(
-            inspect.getmembers(module, lambda m: inspect.isclass(m) or inspect.isfunction(m))
-        ):
-            text = inspect.getdoc(member) or ""
-            if len(text) >= 80 and n < N_READ:
-                n += 1
-                yield text[:READ_CHARS]
+        members = vars(importlib.import_module(name))
+        texts = [inspect.getdoc(members[key]) or "" for key in sorted(members) if key[0] != "_"]
+        yield from [text[:READ_CHARS] for text in dict.fromkeys(texts) if len(text) >= 80][:N_READ_EACH]
 
 
 def _ask(ds: Any, layer: int, to: Console) -> list[dict[str, Any]]:
@@ -209,26 +202,33 @@ def _ask(ds: Any, layer: int, to: Console) -> list[dict[str, Any]]:
         duration_s = time.monotonic() - started
         to.print()
         to.print(Text(question.asks, style="bold"))
-        to.print(Padding(Syntax(question.sql, "sql", background_color="default"), (0, 0, 0, 2)))
-        print_table(result.columns, result, title=f"{duration_s * 1000:.0f} ms", to=to)
+        to.print(_highlighted(question.sql))
+        print_table(result.columns, result, to=to)
+        to.print(Text(f"({duration_s * 1000:.0f} ms)", style="dim"))
         rows = [dict(zip(result.columns, row, strict=True)) for row in result]
         answers.append({"asks": question.asks, "sql": question.sql, "rows": rows, "duration_s": duration_s})
     return answers
+
+
+def _highlighted(sql: str) -> Text:
+    text = Syntax("", "sql", theme="ansi_dark").highlight(sql)
+    text.rstrip()
+    return Text("\n").join(Text("  ") + line for line in text.split("\n"))
 
 
 def _learn(ds: Any, site: str, seed: int, to: Console) -> dict[str, Any]:
     _step("4  A sparse autoencoder, trained on what was captured", to)
     learned = learn(ds, site, seed=seed)
     to.print(
-        f"{learned['n_latents']} latents, {learned['k']} for each of {ds[site].n_rows:,} activations of {site}; "
-        f"{learned['n_steps']} steps in {learned['duration_s']:.1f} s"
+        f"{learned['n_latents']} latents, {learned['k']} for each activation of {site}; "
+        f"{learned['n_activations']:,} activations seen in {learned['n_steps']} steps, {learned['duration_s']:.1f} s"
     )
     to.print(
         f"It explains {learned['fraction_explained']:.1%} of the variance; "
         f"{learned['n_dead']} latents never fire. A few of the others:"
     )
     print_table(
-        ("latent", "fires on", "strongest at these tokens, after their context"),
+        ("latent", "fires on", "strongest at these [tokens], after their context"),
         [(each["latent"], f"{each['share']:.1%}", _contexts(each["top"])) for each in learned["latents"]],
         to=to,
     )
@@ -238,9 +238,8 @@ def _learn(ds: Any, site: str, seed: int, to: Console) -> dict[str, Any]:
 def _contexts(top: Sequence[dict[str, Any]]) -> Text:
     shown = Text(overflow="fold")
     for entry in top:
-        separator = " | " if shown else ""
-        shown.append(separator + visible(entry["before"]), style="dim")
-        shown.append(visible(entry["token"]), style="bold")
+        shown.append(("   " if shown else "") + visible(entry["before"]), style="dim")
+        shown.append(f"[{visible(entry['token'])}]", style="bold")
     return shown
 
 

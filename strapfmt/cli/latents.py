@@ -12,18 +12,20 @@ if TYPE_CHECKING:
 __all__ = ["learn"]
 
 _N_LATENTS, _K, _N_STEPS, _BATCH_SIZE = 512, 16, 300, 1024
-_N_SHOWN, _N_TOKENS = 5, 4
+_N_SHOWN, _N_TOKENS, _CONTEXT_CHARS = 5, 4, 16
 _SHARES = (0.001, 0.02)
 
-_WORDS = """
-SELECT row, token, coalesce(string_agg(token, '') OVER (
-    PARTITION BY sequence_id ORDER BY position ROWS BETWEEN 5 PRECEDING AND 1 PRECEDING), '') AS before
-FROM tokens ORDER BY row
+# In most models the first token of a sequence is an outlier that would drown the rest of the variance.
+_WHERE = "position > 0"
+_WORDS = f"""
+SELECT row, token, string_agg(token, '') OVER (
+    PARTITION BY sequence_id ORDER BY position ROWS BETWEEN 5 PRECEDING AND 1 PRECEDING) AS before
+FROM tokens QUALIFY {_WHERE} ORDER BY row
 """
 
 
 def learn(ds: Any, site: str, *, seed: int) -> dict[str, Any]:
-    """Train a small autoencoder on all rows of a site; return figures and examples, ready for JSON.
+    """Train a small autoencoder on a site's rows but the first of each sequence; return what came of it as JSON.
 
     Parameters
     ----------
@@ -35,7 +37,7 @@ def learn(ds: Any, site: str, *, seed: int) -> dict[str, Any]:
     """
     from strapfmt.analysis.sae import train_sae
 
-    loader = ds.loader(site, batch_size=_BATCH_SIZE, shuffle=True, seed=seed)
+    loader = ds.loader(site, batch_size=_BATCH_SIZE, shuffle=True, seed=seed, where=_WHERE)
     training = train_sae(loader, d_sae=_N_LATENTS, k=_K, n_steps=_N_STEPS, learning_rate=5e-3, seed=seed)
     return {
         "site": site,
@@ -52,19 +54,18 @@ def learn(ds: Any, site: str, *, seed: int) -> dict[str, Any]:
 
 def _examples(ds: Any, site: str, sae: TopKSAE) -> list[dict[str, Any]]:
     """Return the strongest tokens of a few latents that fire rarely, but not by accident."""
-    strengths = _strengths(ds[site].tensor(), sae)
+    words = ds.sql(_WORDS).fetchall()
+    strengths = _strengths(ds[site].take([row for row, _, _ in words]), sae)
     fires = strengths > 0
     share = fires.float().mean(dim=0)
     mean = strengths.sum(dim=0) / fires.sum(dim=0).clamp_min(1)
     is_rare = (share > _SHARES[0]) & (share < _SHARES[1])
     chosen = mean.where(is_rare, mean.new_tensor(-1.0)).topk(_N_SHOWN).indices.tolist()
-    rows = ds[site].rows
-    words = {row: (token, before) for row, token, before in ds.sql(_WORDS)}
     examples = []
     for latent in chosen:
         top: dict[tuple[str, str], float] = {}
         for ordinal in strengths[:, latent].argsort(descending=True).tolist():
-            top.setdefault(words[int(rows[ordinal])], float(strengths[ordinal, latent]))
+            top.setdefault(words[ordinal][1:], float(strengths[ordinal, latent]))
             if len(top) == _N_TOKENS:
                 break
         examples.append(
@@ -72,7 +73,7 @@ def _examples(ds: Any, site: str, sae: TopKSAE) -> list[dict[str, Any]]:
                 "latent": latent,
                 "share": float(share[latent]),
                 "top": [
-                    {"token": token, "before": before, "strength": strength}
+                    {"token": token, "before": before[-_CONTEXT_CHARS:], "strength": strength}
                     for (token, before), strength in top.items()
                 ],
             }
