@@ -10,7 +10,7 @@ from pathlib import Path
 
 from strapfmt import spec
 from strapfmt.commit import Disk, Lock
-from strapfmt.errors import ArgumentError, DatasetExistsError, DatasetNotFoundError
+from strapfmt.errors import ArgumentError, DatasetExistsError, DatasetNotFoundError, UnsupportedError
 from strapfmt.manifest import Manifest
 
 __all__ = ["check_writable", "claim_rank"]
@@ -29,7 +29,7 @@ def claim_rank(disk: Disk, path: Path, rank: int | None, mode: str) -> tuple[Loc
 
     Raises
     ------
-    ArgumentError, DatasetExistsError, DatasetNotFoundError, WriterConflictError
+    ArgumentError, DatasetExistsError, DatasetNotFoundError, WriterConflictError, UnsupportedError
     """
     check_writable(path, rank=rank, mode=mode)
     root = path / spec.RANK_DIRECTORY.format(rank=rank or 0)
@@ -38,8 +38,7 @@ def claim_rank(disk: Disk, path: Path, rank: int | None, mode: str) -> tuple[Loc
     if mode == "append" and root.exists():
         lock = Lock(root)
         try:
-            file = root / spec.MANIFEST_NAME
-            return lock, Manifest.decode(file.read_bytes(), str(file))
+            return lock, _read_manifest(root / spec.MANIFEST_NAME)
         except BaseException:
             lock.release()
             raise
@@ -58,6 +57,16 @@ def claim_rank(disk: Disk, path: Path, rank: int | None, mode: str) -> tuple[Loc
         created_ns=now,
         committed_ns=now,
     )
+
+
+def _read_manifest(path: Path) -> Manifest:
+    manifest = Manifest.decode(path.read_bytes(), str(path))
+    if manifest.format_version > spec.FORMAT_VERSION:
+        raise UnsupportedError(
+            f"{path}: written by format version {manifest.format_version}, to which version {spec.FORMAT_VERSION} must "
+            "not append, as it would lose what it does not know: install a newer strapfmt"
+        )
+    return manifest
 
 
 def check_writable(path: str | Path, *, rank: int | None = None, mode: str = "create") -> None:

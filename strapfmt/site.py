@@ -98,6 +98,7 @@ class Site(ShardedRows):
     @property
     def schema(self) -> pa.Schema:
         """The Arrow schema of its shards."""
+        self._shards()
         return site_schema(self.spec)
 
     # Tensors.
