@@ -1,0 +1,7 @@
+"""SQL over a dataset: embedded DuckDB that sees its tables and sites, and nothing else."""
+
+from strapfmt.query.relations import Source, StoredSite, quoted
+from strapfmt.query.result import Result
+from strapfmt.query.run import run_query
+
+__all__ = ["Result", "Source", "StoredSite", "quoted", "run_query"]

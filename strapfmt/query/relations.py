@@ -1,0 +1,265 @@
+"""The tables and views a query sees: what each is called, and how it is put before DuckDB without a copy.
+
+====================  =============================================================================================
+tokens, sequences,    as stored
+steps, row_events
+sites                 one row per site
+a site's own name     row, statistics, [shape,] activation. A site that numbers its rows itself has `own_row`,
+                      `token_row` and `call` instead of `row`: joining its numbers with those of tokens by
+                      `USING (row)` is an error, never a wrong answer.
+stats, activations    all sites below one another: site, row (null for a site with own rows), token_row, own_row
+====================  =============================================================================================
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import duckdb
+import pyarrow as pa
+from duckdb.func import PythonUDFType
+
+from strapfmt import spec
+from strapfmt.errors import QueryError, StrapfmtError
+from strapfmt.query.decode import DECODED, array_type, as_registered, decoder
+from strapfmt.query.statement import NAMES_TABLE, Statement
+from strapfmt.schema import SiteSpec, site_schema
+
+__all__ = ["Relations", "Source", "StoredSite", "quoted"]
+
+_LONG = ("stats", "activations")
+_STATISTICS = {name: pa.int32() if name == "n_nonfinite" else pa.float32() for name in spec.STATISTICS}
+_STATS_SCHEMA = pa.schema(
+    {
+        "site": pa.run_end_encoded(pa.int64(), pa.utf8()),
+        **dict.fromkeys(("row", "token_row", "own_row"), pa.int64()),
+        **_STATISTICS,
+    }
+)
+_NO_ACTIVATIONS = (
+    "SELECT NULL::VARCHAR AS site, NULL::BIGINT AS row, NULL::BIGINT AS token_row, NULL::BIGINT AS own_row, "
+    "NULL::FLOAT[] AS activation WHERE false"
+)
+
+
+class StoredSite(Protocol):
+    """The part of a site that queries need."""
+
+    @property
+    def spec(self) -> SiteSpec:
+        """What it holds."""
+
+    def to_arrow(self, columns: Sequence[str] | None = None, *, verify: bool = True) -> pa.Table:
+        """All rows, over the memory map where uncompressed."""
+
+    def scan(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """All rows, one record batch at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What can be queried; nothing is read until a query names it.
+
+    Attributes
+    ----------
+    tables : mapping of str to callable
+        Each table's name and the function that loads it.
+    sites : mapping of str to StoredSite
+        Each site under its stored name.
+    """
+
+    tables: Mapping[str, Callable[[], pa.Table]]
+    sites: Mapping[str, StoredSite]
+
+    def names(self) -> dict[str, str]:
+        """Every name SQL can use, with its kind: "table" or "site"."""
+        names = dict.fromkeys([*self.tables, *_LONG], "table")
+        return names | {self.name_of(site): "site" for site in self.sites}
+
+    def name_of(self, site: str) -> str:
+        """Return the name of a site in SQL: its own, or `site:NAME` where a table is called so."""
+        return f"site:{site}" if site.lower() in {*self.tables, *_LONG} else site
+
+
+class Relations:
+    """Registers with one connection what one statement names.
+
+    Parameters
+    ----------
+    connection : duckdb.DuckDBPyConnection
+        Fresh, in memory.
+    source : Source
+        Where the data is.
+    statement : Statement
+        Names relations, and says whether the tensors are needed.
+    failures : list of StrapfmtError
+        Receives what is raised while DuckDB reads a compressed site: DuckDB passes on the text only.
+    """
+
+    def __init__(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        source: Source,
+        statement: Statement,
+        failures: list[StrapfmtError],
+    ) -> None:
+        self._connection, self._source, self._statement = connection, source, statement
+        self._failures = failures
+        self._names = source.names()
+        self._sites = {source.name_of(name): site for name, site in source.sites.items()}
+        self._raw: dict[str, str] = {}
+        self._functions: dict[tuple[object, ...], str] = {}
+
+    def register(self) -> None:
+        """Register every relation the statement names and this source has."""
+        found = [self._resolve(path[-1]) for path in self._statement.relations]
+        names = dict.fromkeys(name for name in found if name is not None)
+        for name in names:
+            clash = next((other for other in names if other != name and other.lower() == name.lower()), None)
+            if clash is not None:
+                raise QueryError(
+                    f"{quoted(name)} and {quoted(clash)} differ only in case, which SQL cannot tell apart"
+                )
+            self._register(name)
+
+    def _resolve(self, name: str) -> str | None:
+        if name in self._names or name == NAMES_TABLE:
+            return name
+        matches = [known for known in self._names if known.lower() == name.lower()]
+        if len(matches) > 1:
+            raise QueryError(f"{name!r} may be {' or '.join(map(quoted, matches))}; write it exactly")
+        return matches[0] if matches else None
+
+    def _register(self, name: str) -> None:
+        if name == NAMES_TABLE:
+            self._connection.register(
+                name, pa.table({"name": [*self._names], "kind": [*self._names.values()]})
+            )
+        elif name in self._sites:
+            columns = self._columns(self._sites[name].spec, self._raw_name(name))
+            self._view(name, f"SELECT {', '.join(columns)} FROM {self._raw_name(name)}")
+        elif name == "activations":
+            self._view(name, " UNION ALL ".join(map(self._long_activations, self._sites)) or _NO_ACTIVATIONS)
+        elif name == "stats":
+            self._connection.register(name, _statistics(self._source.sites))
+        else:
+            self._connection.register(name, self._source.tables[name]())
+
+    def _view(self, name: str, select: str) -> None:
+        self._connection.execute(f"CREATE VIEW {quoted(name)} AS {select}")
+
+    def _columns(self, site: SiteSpec, raw: str) -> list[str]:
+        ids = ["row"] if site.row_space == "tokens" else ["row AS own_row", "token_row", "call"]
+        columns = [*ids, *site.statistics]
+        if self._needs_tensor:
+            columns += ["shape"] * site.is_ragged
+            columns.append(f"{self._activation(site)} AS activation")
+        return columns
+
+    def _long_activations(self, name: str) -> str:
+        site = self._sites[name].spec
+        ids = "row, row AS token_row, NULL::BIGINT AS own_row"
+        if site.row_space == "own":
+            ids = "NULL::BIGINT AS row, token_row, row AS own_row"
+        value = f"{self._function(site, as_list=True)}(activation)" if self._needs_tensor else "NULL::FLOAT[]"
+        return f"SELECT {_text(site.name)} AS site, {ids}, {value} AS activation FROM {self._raw_name(name)}"
+
+    @property
+    def _needs_tensor(self) -> bool:
+        return self._statement.may_read("activation") or self._statement.may_read("shape")
+
+    def _activation(self, site: SiteSpec) -> str:
+        if site.dtype in DECODED:
+            return f"{self._function(site, as_list=False)}(activation)"
+        return f"activation::{array_type(site, 'BOOLEAN')}" if site.dtype == "bool" else "activation"
+
+    def _function(self, site: SiteSpec, *, as_list: bool) -> str:
+        stored, returned = array_type(site), "FLOAT[]" if as_list else array_type(site, "FLOAT")
+        key = (site.dtype, stored, returned)
+        if key not in self._functions:
+            name = f"__strap_decode_{len(self._functions)}"
+            function = decoder(site, as_list=as_list)
+            self._connection.create_function(
+                name,
+                function,
+                [duckdb.sqltype(stored)],
+                duckdb.sqltype(returned),
+                type=PythonUDFType.ARROW,
+                side_effects=False,
+            )
+            self._functions[key] = name
+        return self._functions[key]
+
+    def _raw_name(self, name: str) -> str:
+        if name not in self._raw:
+            self._raw[name] = f"__strap_{len(self._raw)}"
+            site = self._sites[name]
+            columns = None if self._needs_tensor else _small_columns(site.spec)
+            stored: object = _Stream(site, columns, self._failures)
+            if site.spec.codec == "none":
+                stored = _registered(site.to_arrow(columns, verify=False), site.spec)
+            self._connection.register(self._raw[name], stored)
+        return self._raw[name]
+
+
+class _Stream:
+    """A compressed site: each scan of a query decompresses it batch by batch, in bounded memory."""
+
+    def __init__(self, site: StoredSite, columns: list[str] | None, failures: list[StrapfmtError]) -> None:
+        self._site, self._columns, self._failures = site, columns, failures
+        stored = site_schema(site.spec).empty_table()
+        self._schema = _registered(stored.select(columns or stored.column_names), site.spec).schema
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        reader = pa.RecordBatchReader.from_batches(self._schema, self._batches())
+        return reader.__arrow_c_stream__(requested_schema)
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        try:
+            for batch in self._site.scan(self._columns):
+                yield from _registered(pa.Table.from_batches([batch]), self._site.spec).to_batches()
+        except StrapfmtError as error:
+            self._failures.append(error)
+            raise
+
+
+def quoted(name: str) -> str:
+    """Return `name` as a quoted SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _small_columns(site: SiteSpec) -> list[str]:
+    return [name for name in site_schema(site).names if name not in {"activation", "shape"}]
+
+
+def _registered(table: pa.Table, site: SiteSpec) -> pa.Table:
+    """Return the same columns without extension metadata, the activation as DuckDB can take it."""
+    columns = {name: table[name] for name in table.column_names}
+    if "activation" in columns:
+        columns["activation"] = as_registered(columns["activation"], site)
+    return pa.table(columns)
+
+
+def _statistics(sites: Mapping[str, StoredSite]) -> pa.Table:
+    """Return the statistics of all sites below one another; the site's name costs one run each."""
+    tables = [_site_statistics(site) for site in sites.values()]
+    return pa.concat_tables([table for table in tables if table.num_rows] or [_STATS_SCHEMA.empty_table()])
+
+
+def _site_statistics(site: StoredSite) -> pa.Table:
+    stored = site.to_arrow(_small_columns(site.spec), verify=False)
+    n, none = stored.num_rows, pa.nulls(stored.num_rows, pa.int64())
+    if n == 0:
+        return _STATS_SCHEMA.empty_table()
+    is_own = site.spec.row_space == "own"
+    name = pa.RunEndEncodedArray.from_arrays(pa.array([n], pa.int64()), pa.array([site.spec.name]))
+    ids = [none, stored["token_row"], stored["row"]] if is_own else [stored["row"], stored["row"], none]
+    values = [
+        stored[column] if column in site.spec.statistics else pa.nulls(n, kind)
+        for column, kind in _STATISTICS.items()
+    ]
+    return pa.Table.from_arrays([name, *ids, *values], schema=_STATS_SCHEMA)
+
+
+def _text(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"

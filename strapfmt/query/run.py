@@ -1,0 +1,149 @@
+"""One query: a fresh, closed-off DuckDB in memory, one statement, its result as Arrow, everything released."""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from typing import Any
+
+import duckdb
+import numpy as np
+from numpy.typing import NDArray
+
+from strapfmt import spec
+from strapfmt.errors import ArgumentError, QueryError, StrapfmtError
+from strapfmt.query.decode import SQL_ELEMENTS
+from strapfmt.query.hints import explained
+from strapfmt.query.relations import Relations, Source
+from strapfmt.query.result import Result
+from strapfmt.query.statement import read_statement
+
+__all__ = ["run_query"]
+
+_CLOSED_OFF: dict[str, str | bool | int | float | list[str]] = {
+    "enable_external_access": False,
+    "autoload_known_extensions": False,
+    "autoinstall_known_extensions": False,
+    "allow_community_extensions": False,
+    "python_enable_replacements": False,
+    "temp_directory": "",
+    "lock_configuration": True,
+}
+
+Parameters = Sequence[object] | Mapping[str, object]
+
+
+def run_query(
+    source: Source,
+    query: str,
+    params: Parameters | None = None,
+    *,
+    timeout_s: float | None = None,
+    memory_limit: str | None = None,
+) -> Result:
+    """Answer one SQL query over `source`.
+
+    The query can read the source and nothing else: no files, no network, no Python variables, no settings.
+
+    Parameters
+    ----------
+    source : Source
+        The tables and sites it may name; only those it names are opened.
+    query : str
+        One SELECT in DuckDB's SQL (also FROM, WITH, VALUES, DESCRIBE, SUMMARIZE, SHOW TABLES, EXPLAIN).
+    params : sequence or mapping, optional
+        Values for `?` or `$name`. A one-dimensional NumPy array or tensor becomes an ARRAY of its element type, a
+        bfloat16 or float16 one an ARRAY of FLOAT.
+    timeout_s : float, optional
+        Interrupt after this many seconds. DuckDB stops at its next check, which a single huge value can delay.
+    memory_limit : str, optional
+        DuckDB's limit, such as "4GB"; the default is 80 % of memory. Nothing is spilled to disk.
+
+    Raises
+    ------
+    QueryError
+        If the query was refused, failed, or took too long.
+    StrapfmtError
+        If the data turned out to be damaged.
+    """
+    failures: list[StrapfmtError] = []
+    try:
+        with closing(_connect(memory_limit)) as connection:
+            statement = read_statement(connection, query)
+            Relations(connection, source, statement, failures).register()
+            with _deadline(connection, timeout_s):
+                return Result(connection.sql(statement.text, params=_parameters(params)).to_arrow_table())
+    except duckdb.Error as error:
+        if failures:
+            raise failures[0] from None
+        raise explained(error, query, source) from error.with_traceback(None)
+
+
+def _connect(memory_limit: str | None) -> duckdb.DuckDBPyConnection:
+    limit = {} if memory_limit is None else {"memory_limit": memory_limit}
+    return duckdb.connect(":memory:", config={**_CLOSED_OFF, **limit})
+
+
+@contextmanager
+def _deadline(connection: duckdb.DuckDBPyConnection, timeout_s: float | None) -> Iterator[None]:
+    if timeout_s is None:
+        yield
+        return
+    if not timeout_s > 0:
+        raise ArgumentError(f"timeout_s: expected a number of seconds above 0, got {timeout_s!r}")
+    has_fired = threading.Event()
+
+    def stop() -> None:
+        has_fired.set()
+        connection.interrupt()
+
+    timer = threading.Timer(timeout_s, stop)
+    timer.start()
+    try:
+        yield
+    except duckdb.InterruptException:
+        if has_fired.is_set():
+            raise QueryError(
+                f"the query was stopped after timeout_s={timeout_s}; narrow it or allow more"
+            ) from None
+        raise
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def _parameters(params: Parameters | None) -> Parameters | None:
+    if params is None:
+        return None
+    if isinstance(params, Mapping):
+        return {name: _parameter(value) for name, value in params.items()}
+    if isinstance(params, (str, bytes)):
+        raise ArgumentError(
+            f"params: expected a list of values or a mapping of names to values, got {params!r}"
+        )
+    return [_parameter(value) for value in params]
+
+
+def _parameter(value: object) -> object:
+    if hasattr(value, "detach"):  # a tensor; torch itself is not needed
+        value = _array_of_tensor(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if not isinstance(value, np.ndarray):
+        return value
+    if value.dtype == np.float16:
+        value = value.astype(np.float32)
+    element = SQL_ELEMENTS.get(value.dtype.name)
+    if value.ndim != 1 or element is None or not 0 < len(value) <= spec.MAX_DUCKDB_ARRAY:
+        raise ArgumentError(
+            f"params: expected arrays of one dimension, 1 to {spec.MAX_DUCKDB_ARRAY} numbers; "
+            f"got {value.dtype} of shape {value.shape}"
+        )
+    return duckdb.Value(value.tolist(), duckdb.sqltype(f"{element}[{len(value)}]"))
+
+
+def _array_of_tensor(tensor: Any) -> NDArray[np.generic]:
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point() and tensor.element_size() < 4:
+        tensor = tensor.float()
+    array: NDArray[np.generic] = tensor.numpy()
+    return array[()]  # a tensor of no dimension becomes a scalar
