@@ -6,9 +6,8 @@
 # Both install into .venv once, and again when pyproject.toml or constraints.txt change. Settings:
 #
 #     PYTHON=/path/to/python3.12      the interpreter that makes .venv
-#     PIP_ARGS="..."                  more arguments for pip install; on Linux without an NVIDIA GPU,
-#                                     PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
-#                                     saves a download of some GB
+#     PIP_ARGS="..."                  more arguments for pip install, such as the index of PyTorch's CPU builds,
+#                                     which saves a download of some GB where there is no NVIDIA GPU
 #     DEMO_ARGS="--out my.strap"      arguments for strapfmt demo
 #     PYTEST_ARGS="-k layering"       arguments for pytest
 
