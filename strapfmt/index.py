@@ -121,7 +121,9 @@ class ShardIndex:
         size = (
             spec.INDEX_HEADER_BYTES + n_batches * spec.INDEX_BATCH_BYTES + n_runs * spec.INDEX_RUN_BYTES + 16
         )
-        if size != len(data) or flags & ~(_SEALED | _HAS_TAIL):
+        if flags & ~(_SEALED | _HAS_TAIL):
+            raise CorruptError(f"{where}: flags: expected none but {_SEALED | _HAS_TAIL:#x}, got {flags:#x}")
+        if size != len(data):
             raise CorruptError(
                 f"{where}: {n_batches} batches and {n_runs} runs need {size} bytes, got {len(data)}"
             )

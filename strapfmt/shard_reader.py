@@ -135,6 +135,12 @@ class ShardReader:
         for field, column in zip(self.schema, batch.columns, strict=True):
             if column.null_count and not field.nullable:
                 raise CorruptError(f"{place}: column {field.name!r} holds nulls, which its schema forbids")
+        if self._site is not None and self._site.is_ragged:
+            _check_shapes(place, batch)
+        elif self._site is not None and self.is_plain and batch.num_rows:
+            values = batch.column(0).flatten().buffers()[1]
+            if values is None or values.address != pa.py_buffer(self.body(number)).address:
+                raise CorruptError(f"{place}: expected the activations at the beginning of the body")
         return batch
 
     def verify(self, first: int, last: int) -> None:
@@ -403,6 +409,14 @@ class ShardReader:
         if part is None:
             raise AssertionError(f"a checked manifest has a {role} part")
         return part
+
+
+def _check_shapes(place: str, batch: pa.RecordBatch) -> None:
+    """Refuse rows of a ragged site that are not as long as their shapes say."""
+    shapes = batch.column("shape").flatten().to_numpy().reshape(batch.num_rows, -1)
+    lengths = np.diff(batch.column("activation").offsets.to_numpy())
+    if np.any(shapes < 0) or np.any(np.prod(shapes, axis=1, dtype=np.float64) != lengths):
+        raise CorruptError(f"{place}: a row is not as long as its shape says")
 
 
 def _read_schema(prefix: memoryview, place: str) -> pa.Schema:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from strapfmt import spec
 from strapfmt.errors import FormatError, StrapfmtError
+from strapfmt.manifest import ROLES
 from strapfmt.reader import Reader
 from strapfmt.report import VerifyReport
 from strapfmt.shard_reader import ShardReader
@@ -61,6 +62,7 @@ def _check(shard: ShardReader) -> Iterator[str]:
     except StrapfmtError as error:
         yield str(error)
         return
+    yield from _lengths(shard)
     last_row = -1
     for number in range(shard.n_batches):
         try:
@@ -77,6 +79,15 @@ def _check(shard: ShardReader) -> Iterator[str]:
         if len(rows) and (rows[0] <= last_row or (rows[1:] <= rows[:-1]).any()):
             yield f"{shard.place}: record batch {number}: expected strictly increasing rows"
         last_row = int(rows[-1]) if len(rows) else last_row
+
+
+def _lengths(shard: ShardReader) -> Iterator[str]:
+    """Yield the files that are longer than what their checksums cover, as only an open one may be."""
+    for part in shard.shard.parts:
+        path = shard.root / part.file
+        may_grow = part.role == "data" and not shard.shard.is_sealed
+        if part.role in ROLES and not may_grow and path.exists() and path.stat().st_size != part.n_bytes:
+            yield f"{path}: expected {part.n_bytes} bytes, got {path.stat().st_size}"
 
 
 def _states(reader: Reader) -> Iterator[str]:
