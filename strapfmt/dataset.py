@@ -101,7 +101,7 @@ class Dataset(Reader):
         CorruptError
             If stored data turned out to be damaged.
         """
-        return run_query(self._source(), query, params, timeout_s=timeout_s, memory_limit=memory_limit)
+        return run_query(self._source, query, params, timeout_s=timeout_s, memory_limit=memory_limit)
 
     def loader(
         self,
@@ -204,10 +204,13 @@ class Dataset(Reader):
         super()._load(manifests)
         for site in self._sites.values():
             site.resolve_where = self._rows_of_site_where
-
-    def _source(self) -> Source:
         tables = {name: view.to_arrow for name, view in self.tables.items()}
-        return Source(tables={**tables, "sites": self._site_listing}, sites=self.sites)
+        self._source = Source(tables={**tables, "sites": self._site_listing}, sites=self.sites)
+
+    def close(self) -> None:
+        """Let go of all maps; tensors and tables that were handed out keep theirs alive."""
+        super().close()
+        self._source = Source(tables={}, sites={})
 
     def _site_listing(self) -> pa.Table:
         accounts = {account.name: account for account in self.report.sites}
@@ -238,7 +241,7 @@ class Dataset(Reader):
         """Return the row ids that all of `sites` hold and a condition over them and their tokens keeps, ascending."""
         if not where.strip():
             raise ArgumentError("where: expected an SQL condition, got nothing")
-        source = self._source()
+        source = self._source
         first, *others = [quoted(source.name_of(site.name)) for site in sites]
         if sites[0].row_space == "own":
             row, tokens = f"{first}.own_row", f"LEFT JOIN tokens ON tokens.row = {first}.token_row"

@@ -204,7 +204,15 @@ def test_sites_table_describes_every_site(ds):
 
 
 @pytest.mark.parametrize(
-    "query", ["describe {}", "explain select row from {}", "summarize {}", "from {}", "table {}"]
+    "query",
+    [
+        "describe {}",
+        "explain select row from {}",
+        "/**/ explain /**/ analyze--\nfrom {}",
+        "summarize {}",
+        "from {}",
+        "table {}",
+    ],
 )
 def test_statements_that_only_look_are_answered(ds, query):
     assert len(ds.sql(query.format(f'"{PRE}"'))) > 0
@@ -343,6 +351,11 @@ NOT_ONE_SELECT = [
     "explain create table x as select 1",
     "with x as (insert into tokens values (1) returning *) select * from x",
     "pivot tokens on token using count(*)",
+    "show databases",
+    "from (show tables)",
+    "explain analyze /* /* */ select 1 -- */ from enable_profiling()",
+    "explain analyze from enable_profiling()",
+    "explain (format json) select 1",
 ]
 NOT_THIS_DATASET = [
     "select * from read_csv('{file}')",
@@ -568,6 +581,15 @@ def test_tensors_are_left_alone_unless_named(ds, site, select, is_needed):
     run_query(Source(tables={}, sites={site: recorded}), query)
     assert recorded.asked
     assert all((columns is None) == is_needed for columns in recorded.asked)
+
+
+def test_what_was_read_once_serves_the_next_query(ds):
+    recorded = Recorded(ds[POST])
+    source = Source(tables={}, sites={POST: recorded})
+    for select in ("row", "l2_norm", "activation", "std", "*"):
+        run_query(source, f'select {select} from "{POST}"')
+    run_query(source, "from stats")
+    assert len(recorded.asked) == 2
 
 
 def test_statement_lists_relations_as_written():

@@ -12,7 +12,6 @@ stats, activations    all sites below one another: site, row (null for a site wi
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import duckdb
@@ -56,11 +55,13 @@ class StoredSite(Protocol):
         """All rows, one record batch at a time."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """What can be queried; nothing is read until a query names it.
+    """What can be queried. Nothing is read until a query names it, and what was read serves the next query too.
 
-    Attributes
+    Keeping a site's record batches costs some kilobytes each, since they alias the map; of a compressed site only
+    the columns beside the activation are kept.
+
+    Parameters
     ----------
     tables : mapping of str to callable
         Each table's name and the function that loads it.
@@ -68,8 +69,11 @@ class Source:
         Each site under its stored name.
     """
 
-    tables: Mapping[str, Callable[[], pa.Table]]
-    sites: Mapping[str, StoredSite]
+    def __init__(
+        self, *, tables: Mapping[str, Callable[[], pa.Table]], sites: Mapping[str, StoredSite]
+    ) -> None:
+        self.tables, self.sites = dict(tables), dict(sites)
+        self._read: dict[tuple[str, bool], pa.Table] = {}
 
     def names(self) -> dict[str, str]:
         """Every name SQL can use, with its kind: "table" or "site"."""
@@ -79,6 +83,16 @@ class Source:
     def name_of(self, site: str) -> str:
         """Return the name of a site in SQL: its own, or `site:NAME` where a table is called so."""
         return f"site:{site}" if site.lower() in {*self.tables, *_LONG} else site
+
+    def read(self, name: str, *, with_tensor: bool) -> pa.Table:
+        """Return all rows of a site as DuckDB can take them, with the activation or without."""
+        if (name, True) in self._read:
+            return self._read[name, True]
+        if (name, with_tensor) not in self._read:
+            site = self.sites[name]
+            columns = None if with_tensor else _small_columns(site.spec)
+            self._read[name, with_tensor] = _registered(site.to_arrow(columns, verify=False), site.spec)
+        return self._read[name, with_tensor]
 
 
 class Relations:
@@ -141,7 +155,7 @@ class Relations:
         elif name == "activations":
             self._view(name, " UNION ALL ".join(map(self._long_activations, self._sites)) or _NO_ACTIVATIONS)
         elif name == "stats":
-            self._connection.register(name, _statistics(self._source.sites))
+            self._connection.register(name, _statistics(self._source))
         else:
             self._connection.register(name, self._source.tables[name]())
 
@@ -193,22 +207,21 @@ class Relations:
     def _raw_name(self, name: str) -> str:
         if name not in self._raw:
             self._raw[name] = f"__strap_{len(self._raw)}"
-            site = self._sites[name]
-            columns = None if self._needs_tensor else _small_columns(site.spec)
-            stored: object = _Stream(site, columns, self._failures)
-            if site.spec.codec == "none":
-                stored = _registered(site.to_arrow(columns, verify=False), site.spec)
-            self._connection.register(self._raw[name], stored)
+            self._connection.register(self._raw[name], self._stored(self._sites[name]))
         return self._raw[name]
+
+    def _stored(self, site: StoredSite) -> object:
+        if self._needs_tensor and site.spec.codec != "none":
+            return _Stream(site, self._failures)
+        return self._source.read(site.spec.name, with_tensor=self._needs_tensor)
 
 
 class _Stream:
     """A compressed site: each scan of a query decompresses it batch by batch, in bounded memory."""
 
-    def __init__(self, site: StoredSite, columns: list[str] | None, failures: list[StrapfmtError]) -> None:
-        self._site, self._columns, self._failures = site, columns, failures
-        stored = site_schema(site.spec).empty_table()
-        self._schema = _registered(stored.select(columns or stored.column_names), site.spec).schema
+    def __init__(self, site: StoredSite, failures: list[StrapfmtError]) -> None:
+        self._site, self._failures = site, failures
+        self._schema = _registered(site_schema(site.spec).empty_table(), site.spec).schema
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
         reader = pa.RecordBatchReader.from_batches(self._schema, self._batches())
@@ -216,7 +229,7 @@ class _Stream:
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         try:
-            for batch in self._site.scan(self._columns):
+            for batch in self._site.scan():
                 yield from _registered(pa.Table.from_batches([batch]), self._site.spec).to_batches()
         except StrapfmtError as error:
             self._failures.append(error)
@@ -240,22 +253,24 @@ def _registered(table: pa.Table, site: SiteSpec) -> pa.Table:
     return pa.table(columns)
 
 
-def _statistics(sites: Mapping[str, StoredSite]) -> pa.Table:
+def _statistics(source: Source) -> pa.Table:
     """Return the statistics of all sites below one another; the site's name costs one run each."""
-    tables = [_site_statistics(site) for site in sites.values()]
+    tables = [
+        _site_statistics(site.spec, source.read(name, with_tensor=False))
+        for name, site in source.sites.items()
+    ]
     return pa.concat_tables([table for table in tables if table.num_rows] or [_STATS_SCHEMA.empty_table()])
 
 
-def _site_statistics(site: StoredSite) -> pa.Table:
-    stored = site.to_arrow(_small_columns(site.spec), verify=False)
+def _site_statistics(site: SiteSpec, stored: pa.Table) -> pa.Table:
     n, none = stored.num_rows, pa.nulls(stored.num_rows, pa.int64())
     if n == 0:
         return _STATS_SCHEMA.empty_table()
-    is_own = site.spec.row_space == "own"
-    name = pa.RunEndEncodedArray.from_arrays(pa.array([n], pa.int64()), pa.array([site.spec.name]))
+    is_own = site.row_space == "own"
+    name = pa.RunEndEncodedArray.from_arrays(pa.array([n], pa.int64()), pa.array([site.name]))
     ids = [none, stored["token_row"], stored["row"]] if is_own else [stored["row"], stored["row"], none]
     values = [
-        stored[column] if column in site.spec.statistics else pa.nulls(n, kind)
+        stored[column] if column in site.statistics else pa.nulls(n, kind)
         for column, kind in _STATISTICS.items()
     ]
     return pa.Table.from_arrays([name, *ids, *values], schema=_STATS_SCHEMA)

@@ -34,9 +34,8 @@ TABLE_FUNCTIONS = frozenset(
 )
 
 _QUERY_NODES = frozenset({"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"})
-_EXPLAIN = re.compile(
-    r"explain\b(?:\s+|/\*.*?\*/|--[^\n]*\n|analyze\b|\([a-z_, ]*\))*", re.IGNORECASE | re.DOTALL
-)
+_EXPLAIN = re.compile(r"explain\b(?:\s|/\*.*?\*/|--[^\n]*\n)*(analyze\b)?(.*)", re.IGNORECASE | re.DOTALL)
+_SHOW_TABLES = frozenset({'"tables"', "__show_tables_expanded"})
 _ONE_SELECT = (
     "expected one SELECT (or FROM, WITH, VALUES, DESCRIBE, SUMMARIZE, SHOW TABLES, or EXPLAIN of one)"
 )
@@ -89,19 +88,19 @@ def read_statement(connection: duckdb.DuckDBPyConnection, query: str) -> Stateme
         raise QueryError(
             "PIVOT without values runs as several statements; write PIVOT ... ON column IN (...)"
         )
-    if kind == duckdb.StatementType.EXPLAIN:
-        select = _EXPLAIN.sub("", text, count=1)
-    elif kind == duckdb.StatementType.SELECT:
-        select = text
-    else:
+    explain = _EXPLAIN.fullmatch(text) if kind == duckdb.StatementType.EXPLAIN else None
+    select = explain[2] if explain else text
+    if explain is None and kind != duckdb.StatementType.SELECT:
         raise QueryError(f"{_ONE_SELECT}; found {kind.name}: a query only reads")
     nodes = list(_nodes(_syntax_tree(connection, select)))
     if any(node.get("show_type") == "SHOW_SPECIAL" for node in nodes):
-        text = f"SELECT * FROM {NAMES_TABLE}"
-        nodes = list(_nodes(_syntax_tree(connection, text)))
+        select = _names_instead_of(select, nodes)
+        nodes = list(_nodes(_syntax_tree(connection, select)))
     for node in nodes:
         _check(node)
-    return _describe(text, nodes)
+    # What runs is what was checked: the words before it are written anew.
+    before = f"EXPLAIN {explain[1] or ''} " if explain else ""
+    return _describe(before + select, nodes)
 
 
 def _syntax_tree(connection: duckdb.DuckDBPyConnection, select: str) -> Node:
@@ -110,9 +109,19 @@ def _syntax_tree(connection: duckdb.DuckDBPyConnection, select: str) -> Node:
         tree: Node = json.loads(text)
     except RecursionError:
         raise QueryError("the query is nested too deeply; split it with WITH") from None
-    if tree.get("error") or "statements" not in tree:
+    if tree.get("error") or len(tree.get("statements", [])) != 1:
         raise QueryError(f"{_ONE_SELECT}; DuckDB says: {tree.get('error_message', 'nothing')}")
     return tree
+
+
+def _names_instead_of(select: str, nodes: list[Node]) -> str:
+    """Return what SHOW TABLES stands for here: all names, where DuckDB would list those that are registered."""
+    shown = {node.get("table_name") for node in nodes if node.get("show_type") == "SHOW_SPECIAL"}
+    if not shown <= _SHOW_TABLES or not re.match(r"\s*(show|describe)\b", select, re.IGNORECASE):
+        raise QueryError(
+            "the only SHOW is SHOW TABLES, as a statement of its own; sites are also rows of `sites`"
+        )
+    return f"SELECT * FROM {NAMES_TABLE}"
 
 
 def _nodes(value: object) -> Iterator[Node]:
