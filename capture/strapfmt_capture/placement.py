@@ -1,0 +1,239 @@
+"""Which rows a tensor is: decided at the first firing of a site, held to at every later one.
+
+`[n_sequences, n_query, *shape]` and `[n_sequences * n_query, *shape]` are one row a token. Anything else makes rows of
+its own: of a tensor with up to three dimensions every leading one counts rows and the last is a row's shape; of a
+larger one the first counts rows. (A tensor of one's own kind that happens to begin with the sizes of the batch cannot
+be told from tokens.) A head that computes the last positions only gives `[n_sequences, k, *shape]`, whose tokens are
+known nevertheless.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from strapfmt.dtypes import dtype_of_torch
+from strapfmt.errors import ArgumentError, CaptureError
+from strapfmt.schema import SiteSpec
+from strapfmt_capture.hookpoints import HookPoint
+from strapfmt_capture.rows import Step
+
+__all__ = ["Layout", "Placement", "declare"]
+
+_Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """The rows of one firing.
+
+    Attributes
+    ----------
+    n_rows : int
+        Rows to store.
+    index : int64 [n_rows] or None
+        Which of the rows of the tensor (its leading dimensions flattened) they are; None for all.
+    rows : int64 [n_rows] or None
+        Their row ids, in the row space of the tokens.
+    token_row : int64 [n_rows] or None
+        In a site's own row space, the token each belongs to, if that is known.
+    """
+
+    n_rows: int
+    index: _Int64 | None
+    rows: _Int64 | None = None
+    token_row: _Int64 | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How the tensors of one site are read as rows.
+
+    Attributes
+    ----------
+    spec : SiteSpec
+    dtype : torch.dtype
+    shape : tuple of int
+        Shape of a row; -1 where it varies.
+    ndim : int or None
+        Dimensions of the whole tensor, in a site's own row space.
+    is_head : bool
+        Whether the module may leave out all but the last positions.
+    where : str
+        The place in the model, for messages.
+    """
+
+    spec: SiteSpec
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    ndim: int | None
+    is_head: bool
+    where: str
+
+    def place(self, x: torch.Tensor, step: Step, *, keeps_last: bool = True) -> Placement:
+        """Return the rows of `x` in `step`.
+
+        Parameters
+        ----------
+        x : torch.Tensor
+            What the site gave.
+        step : Step
+        keeps_last : bool
+            Whether a head that leaves out positions keeps the last ones (and not some that the caller chose).
+
+        Raises
+        ------
+        CaptureError
+            If `x` is neither of the dtype and shape declared nor in their row space.
+        """
+        if x.dtype is self.dtype:
+            is_last = keeps_last and self._is_last_positions(x, step)
+            found = self._tokens(x, step, is_last) if self.ndim is None else self._own(x, step, is_last)
+            if found is not None:
+                return found
+        raise CaptureError(self._complaint(x, step))
+
+    def _tokens(self, x: torch.Tensor, step: Step, is_last: bool) -> Placement | None:
+        if self._is_per_token(x, step):
+            return Placement(n_rows=len(step.rows), index=step.selected, rows=step.rows)
+        if is_last:
+            index, rows = _last_positions(step, x.shape[1])
+            return Placement(n_rows=len(rows), index=index, rows=rows)
+        return None
+
+    def _own(self, x: torch.Tensor, step: Step, is_last: bool) -> Placement | None:
+        assert self.ndim is not None
+        lead = self.ndim - len(self.shape)
+        if x.ndim != self.ndim or x.shape[lead:] != self.shape:
+            return None
+        if is_last:
+            index, rows = _last_positions(step, x.shape[1])
+            return Placement(n_rows=len(rows), index=index, token_row=rows)
+        if self.is_head and self._is_per_token(x, step):
+            return Placement(n_rows=len(step.rows), index=step.selected, token_row=step.rows)
+        return Placement(n_rows=math.prod(x.shape[:lead]), index=None)
+
+    def _is_per_token(self, x: torch.Tensor, step: Step) -> bool:
+        return step.is_language and (
+            (x.shape[:2] == (step.n_sequences, step.n_query) and _matches(x.shape[2:], self.shape))
+            or (x.shape[:1] == (step.n_sequences * step.n_query,) and _matches(x.shape[1:], self.shape))
+        )
+
+    def _is_last_positions(self, x: torch.Tensor, step: Step) -> bool:
+        return (
+            self.is_head
+            and step.is_language
+            and x.ndim == 2 + len(self.shape)
+            and x.shape[0] == step.n_sequences
+            and x.shape[1] < step.n_query
+            and _matches(x.shape[2:], self.shape)
+        )
+
+    def _complaint(self, x: torch.Tensor, step: Step) -> str:
+        row = "x".join(map(str, self.shape)).replace("-1", "?") or "a scalar"
+        lead = f"[{step.n_sequences}, {step.n_query}" if self.ndim is None else "[n"
+        expected = f"{self.spec.dtype} {lead}, *({row})], as at its first call"
+        return (
+            f"site {self.spec.name!r} at {self.where}: expected {expected}, found "
+            f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}; a site holds rows of one kind: capture "
+            "this call into a dataset of its own, or leave the site out"
+        )
+
+
+def declare(
+    point: HookPoint,
+    x: torch.Tensor,
+    step: Step,
+    *,
+    is_head: bool,
+    codec: str,
+    statistics: tuple[str, ...],
+    known: SiteSpec | None = None,
+) -> Layout:
+    """Decide at the first firing what a site holds.
+
+    Parameters
+    ----------
+    point : HookPoint
+    x : torch.Tensor
+        The first value, as `HookPoint.read` gives it.
+    step : Step
+    is_head : bool
+        Whether the module may leave out all but the last positions.
+    codec, statistics
+        As in `SiteSpec`.
+    known : SiteSpec, optional
+        What an earlier session, which is appended to, declared; its row space is kept.
+
+    Raises
+    ------
+    CaptureError
+        If the tensor is of a kind that cannot be stored, or is not what `known` says.
+    """
+    if x.layout is not torch.strided or x.device.type == "meta" or hasattr(x, "full_tensor"):
+        raise CaptureError(
+            f"site {point.site!r} at {point.hook_point}: expected a plain dense tensor with values, found "
+            f"a {type(x).__name__} ({x.layout}, on {x.device}); leave this site out"
+        )
+    lead = _token_dimensions(x, step)
+    if point.heads_first and lead == 2 and x.ndim == 4:
+        shape: tuple[int, ...] = (x.shape[2], -1)
+        ndim: int | None = None
+    elif lead and (known is None or known.row_space == "tokens"):
+        shape, ndim = tuple(x.shape[lead:]), None
+    elif is_head and known is not None and known.row_space == "tokens":
+        shape, ndim = tuple(x.shape[2:]), None
+    else:
+        lead = max(x.ndim - 1, 0) if x.ndim <= 3 else 1
+        shape, ndim = tuple(x.shape[lead:]), x.ndim
+    try:
+        spec = SiteSpec(
+            name=point.site,
+            dtype=dtype_of_torch(x.dtype).name,
+            shape=shape,
+            row_space="tokens" if ndim is None else "own",
+            codec=codec,
+            statistics=statistics,
+            module_path=point.module_path,
+            hook_point=point.hook_point,
+        )
+    except ArgumentError as error:
+        raise CaptureError(
+            f"site {point.site!r} at {point.hook_point}: its first value is {list(x.shape)}: {error}"
+        ) from error
+    if known is not None and known != spec:
+        raise CaptureError(
+            f"site {point.site!r} at {point.hook_point}: expected what the dataset already holds, {known}; "
+            f"found {spec}; write into a dataset of its own"
+        )
+    return Layout(spec=spec, dtype=x.dtype, shape=shape, ndim=ndim, is_head=is_head, where=point.hook_point)
+
+
+def _token_dimensions(x: torch.Tensor, step: Step) -> int:
+    """How many leading dimensions of `x` are the tokens of the step: 2, 1 if they are flattened, or 0."""
+    if not step.is_language:
+        return 0
+    if x.shape[:2] == (step.n_sequences, step.n_query):
+        return 2
+    return 1 if x.shape[:1] == (step.n_sequences * step.n_query,) else 0
+
+
+def _matches(found: torch.Size, declared: tuple[int, ...]) -> bool:
+    if found == declared:
+        return True
+    return len(found) == len(declared) and all(
+        size == wanted or wanted < 0 for size, wanted in zip(found, declared, strict=True)
+    )
+
+
+def _last_positions(step: Step, n_positions: int) -> tuple[_Int64 | None, _Int64]:
+    """Places and row ids of the stored tokens among the last positions of each sequence."""
+    all_rows = np.full(step.n_sequences * step.n_query, -1, np.int64)
+    all_rows[slice(None) if step.selected is None else step.selected] = step.rows
+    rows = all_rows.reshape(step.n_sequences, step.n_query)[:, step.n_query - n_positions :].ravel()
+    index = np.flatnonzero(rows >= 0)
+    return (None, rows) if len(index) == len(rows) else (index, rows[index])

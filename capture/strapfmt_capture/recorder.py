@@ -1,0 +1,374 @@
+"""`create`: writes tensors that came from anywhere into a dataset, by the rules of capture but without hooks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from strapfmt import spec
+from strapfmt.codecs import get_codec
+from strapfmt.errors import ArgumentError, StrapfmtError
+from strapfmt.schema import SiteSpec
+from strapfmt.writer import COMMIT_INTERVAL_S, DatasetWriter, WriteSummary
+from strapfmt_capture.given import GivenRows, Tensor
+from strapfmt_capture.provenance import describe_tokenizer, describe_versions
+from strapfmt_capture.statistics import RowStatistics, check_statistics
+from strapfmt_capture.token_rows import TokenBook, TokenRows, integers
+
+__all__ = ["Recorder", "create"]
+
+Integers: TypeAlias = npt.ArrayLike | torch.Tensor
+_Int64: TypeAlias = npt.NDArray[np.int64]
+
+
+def create(
+    path: str | Path,
+    *,
+    rank: int | None = None,
+    mode: Literal["create", "overwrite", "append"] = "create",
+    codec: str = "none",
+    stats: bool | Collection[str] = True,
+    tags: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    batch_bytes: int = spec.BATCH_TARGET_BYTES,
+    shard_bytes: int = spec.SHARD_TARGET_BYTES,
+    commit_interval_s: float = COMMIT_INTERVAL_S,
+) -> Recorder:
+    """Create a dataset to write tensors into.
+
+    ::
+
+        with strapfmt.create("made.strap") as rec:
+            tokens = rec.tokens(token_ids=[5, 8, 2])
+            rec.write("blocks.0.resid_post", hidden, tokens=tokens)  # [3, d]
+
+    Parameters
+    ----------
+    path : path
+        A directory whose name ends in `.strap`.
+    rank : int, optional
+        This process's number among several that write one dataset. None: the only writer.
+    mode : {"create", "overwrite", "append"}
+    codec : str
+        "none", "lz4" or "zstd".
+    stats : bool or collection of str
+        Statistics stored with every row: all, none, or some of `strapfmt.spec.STATISTICS`.
+    tags : mapping, optional
+        JSON values kept with every sequence.
+    tokenizer : object, optional
+        Turns token ids into text.
+    batch_bytes, shard_bytes : int
+        Target size of a record batch and of a shard.
+    commit_interval_s : float
+        How much a crash may lose: a commit follows the first step that ends so long after the last one.
+
+    Raises
+    ------
+    DatasetExistsError, DatasetNotFoundError
+        As `mode` demands.
+    ArgumentError
+        If another argument is wrong.
+    """
+    statistics = check_statistics(stats)
+    get_codec(codec)
+    try:
+        json.dumps(dict(tags or {}))
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"tags: expected JSON values: {error}") from error
+    provenance = {
+        "tool": "strapfmt.create",
+        "tokenizer": describe_tokenizer(tokenizer),
+        "versions": describe_versions(),
+        "options": {"codec": codec, "stats": statistics, "mode": mode},
+    }
+    writer = DatasetWriter(
+        path,
+        rank=rank,
+        mode=mode,
+        codec=codec,
+        batch_bytes=batch_bytes,
+        shard_bytes=shard_bytes,
+        commit_interval_s=commit_interval_s,
+        provenance=provenance,
+    )
+    return Recorder(writer, codec=codec, statistics=statistics, tags=tags, tokenizer=tokenizer)
+
+
+class Recorder:
+    """Writes tensors into a dataset, in the thread that calls it; made by `create`, closed on exit.
+
+    Rows and values belong to steps: a step begins with the first thing written and ends with `end_step`, which may
+    commit. If the `with` block raises, what was written stays, and a step that was not ended is marked abandoned.
+
+    Parameters
+    ----------
+    writer : DatasetWriter
+        The recorder's own from here on.
+    codec : str
+    statistics : tuple of str
+    tags, tokenizer
+        As in `create`.
+    """
+
+    def __init__(
+        self,
+        writer: DatasetWriter,
+        *,
+        codec: str,
+        statistics: tuple[str, ...],
+        tags: Mapping[str, Any] | None,
+        tokenizer: Any,
+    ) -> None:
+        self.path = writer.path
+        self._writer, self._codec, self._names = writer, codec, statistics
+        n_sequences = writer.reserve("sequence", 0) & ((1 << spec.RANK_SHIFT) - 1)
+        self._book = TokenBook(writer, n_sequences=n_sequences, tokenizer=tokenizer, tags=tags)
+        self._statistics = RowStatistics()
+        self._n_calls: dict[str, int] = {}
+        self._step: _Step | None = None
+
+    def tokens(
+        self,
+        token_ids: Integers | None = None,
+        *,
+        sequence_id: Integers | None = None,
+        position: Integers | None = None,
+        n: int | None = None,
+        phase: Literal["prefill", "decode"] = "prefill",
+    ) -> TokenRows:
+        """Describe tokens of the current step, to write values of them at any number of sites.
+
+        Parameters
+        ----------
+        token_ids : int [n], optional
+        sequence_id : int or int [n], optional
+            The sequence of each token: numbers of your own choice, or those of an earlier result. None begins one
+            sequence that holds all these tokens.
+        position : int [n], optional
+            Place of each token in its sequence. None goes on behind the last token of each.
+        n : int, optional
+            How many tokens there are, if nothing else says so.
+        phase : {"prefill", "decode"}
+
+        Returns
+        -------
+        TokenRows
+            A part of it (`tokens[3:5]`, `tokens[mask]`) stands for a part of the tokens.
+
+        Raises
+        ------
+        ArgumentError
+            If the arrays do not fit together.
+        """
+        if phase not in ("prefill", "decode"):
+            raise ArgumentError(f"phase: expected 'prefill' or 'decode', got {phase!r}")
+        step = self._begin()
+        rows = self._book.add(
+            step=step.number,
+            phase=phase,
+            token_ids=token_ids,
+            sequence_id=sequence_id,
+            position=position,
+            n=n,
+        )
+        step.phase = phase
+        step.rows.append(rows)
+        return rows
+
+    def write(
+        self,
+        site: str,
+        values: Tensor | Sequence[Tensor],
+        *,
+        tokens: TokenRows | Mapping[str, Any] | None = None,
+        token_row: Integers | None = None,
+        shape: tuple[int, ...] | None = None,
+        module_path: str = "",
+    ) -> TokenRows | None:
+        """Write rows of a site; what it holds is decided by the first call.
+
+        Parameters
+        ----------
+        site : str
+        values : tensor or array [n, *shape], or a list of n tensors
+            Copied before the call returns. A list makes a site whose rows differ in shape.
+        tokens : TokenRows or mapping, optional
+            One token a row, in ascending order: a result of `tokens`, or arguments for it. None: the site numbers
+            its rows itself.
+        token_row : int [n], optional
+            For a site that numbers its rows itself: the row of the token each belongs to, -1 where there is none.
+        shape : tuple of int, optional
+            Of a row in a list, with -1 for dimensions that vary; by default all do.
+        module_path : str
+            Where in a model it was taken, if it was.
+
+        Returns
+        -------
+        TokenRows or None
+            The tokens, to be written at other sites too.
+
+        Raises
+        ------
+        ArgumentError
+            If something does not fit: the message names the site, what was expected and what was found.
+        """
+        self._begin()
+        rows = GivenRows.of(site, values, shape)
+        self._check(site, rows, "own" if tokens is None else "tokens")
+        handle = self.tokens(**{"n": rows.n, **tokens}) if isinstance(tokens, Mapping) else tokens
+        if handle is not None and token_row is not None:
+            raise ArgumentError(
+                f"site {site!r}: token_row is for sites that number their own rows; leave out tokens"
+            )
+        n_tokens = rows.n if handle is None else len(handle)
+        if n_tokens != rows.n:
+            raise ArgumentError(f"site {site!r}: expected one row a token, {n_tokens}; got {rows.n}")
+        declared = self._declare(site, rows, "own" if handle is None else "tokens", module_path)
+        own: dict[str, Any] = {"rows": None if handle is None else handle.rows}
+        if handle is None:
+            own = {"token_row": _token_row(site, token_row, rows.n), "call": self._n_calls.get(site, 0)}
+            self._n_calls[site] = self._n_calls.get(site, 0) + 1
+        self._writer.write(
+            site,
+            rows.stored(),
+            shapes=rows.shapes if declared.is_ragged else None,
+            statistics=rows.statistics(self._statistics, declared.statistics),
+            **own,
+        )
+        self._writer.count(site, expected=rows.n)
+        self._writer.wait()
+        return handle
+
+    def end_step(self) -> None:
+        """Say that the step is complete: everything before can be committed together."""
+        self._end("complete", None)
+        self._writer.end_step()
+
+    def commit(self) -> None:
+        """End the step and make everything so far durable; returns when it is."""
+        self._end("complete", None)
+        self._writer.commit()
+
+    def summary(self) -> WriteSummary:
+        """Return what was written so far."""
+        return self._writer.summary()
+
+    def close(self) -> None:
+        """End the step, seal and close the dataset. Safe to call twice."""
+        self._end("complete", None)
+        self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self._end("abandoned", f"{type(error).__name__}: {error}"[:500])
+            self._writer.close()
+            error.add_note(f"strapfmt: {self.path} is closed; it holds what was written before")
+        except (StrapfmtError, OSError) as problem:
+            self._writer.abort()
+            error.add_note(f"strapfmt: {problem}")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}: {len(self._writer.sites)} sites)"
+
+    def _begin(self) -> _Step:
+        if self._step is None:
+            self._step = _Step(number=self._writer.reserve("step", 1))
+        return self._step
+
+    def _end(self, status: str, reason: str | None) -> None:
+        step, self._step = self._step, None
+        if step is None:
+            return
+        self._writer.write_table("steps", step.columns(status, reason))
+        if status == "abandoned":
+            for part in step.rows:
+                n = len(part)
+                columns = {"row": part.rows, "step": np.full(n, step.number), "event": ["abandoned"] * n}
+                self._writer.write_table("row_events", {**columns, "detail": [reason] * n})
+
+    def _check(self, site: str, rows: GivenRows, row_space: str) -> None:
+        """Refuse values that do not fit a site that is known already."""
+        known = self._writer.sites.get(site)
+        if known is None:
+            return
+        expected = (known.dtype, known.is_ragged or known.shape, known.row_space)
+        found = (rows.dtype, rows.shapes is not None or rows.shape, row_space)
+        if expected != found or len(known.shape) != len(rows.shape):
+            raise ArgumentError(
+                f"site {site!r}: expected {known.dtype} rows of shape {known.shape} in row space "
+                f"{known.row_space!r}, as written before; got {rows.dtype} {rows.shape} in {row_space!r}"
+            )
+
+    def _declare(self, site: str, rows: GivenRows, row_space: str, module_path: str) -> SiteSpec:
+        known = self._writer.sites.get(site)
+        if known is None:
+            known = SiteSpec(
+                name=site,
+                dtype=rows.dtype,
+                shape=rows.shape,
+                row_space=row_space,
+                codec=self._codec,
+                statistics=self._names,
+                module_path=module_path,
+            )
+        self._writer.add_site(known)
+        return known
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step under way."""
+
+    number: int
+    phase: str = "prefill"
+    rows: list[TokenRows] = field(default_factory=list)
+    started_ns: int = field(default_factory=time.time_ns)
+    started_s: float = field(default_factory=time.perf_counter)
+
+    def columns(self, status: str, reason: str | None) -> dict[str, list[Any]]:
+        """Its row of the `steps` table."""
+        parts = [part for part in self.rows if len(part)]
+        sequences = np.concatenate([part.sequence_id for part in parts]) if parts else np.empty(0, np.int64)
+        counts = np.unique(sequences, return_counts=True)[1]
+        return {
+            "step": [self.number],
+            "phase": [self.phase],
+            "n_sequences": [len(counts)],
+            "n_query": [int(counts.max(initial=0))],
+            "n_rows": [len(sequences)],
+            "first_row": [int(parts[0].rows[0]) if parts else -1],
+            "started_ns": [self.started_ns],
+            "duration_s": [time.perf_counter() - self.started_s],
+            "status": [status],
+            "reason": [reason],
+        }
+
+
+def _token_row(site: str, token_row: Integers | None, n: int) -> _Int64:
+    """Rows of tokens, counted from -1 for none."""
+    if token_row is None:
+        return np.full(n, -1, np.int64)
+    shifted = (
+        token_row.detach().cpu().numpy() if isinstance(token_row, torch.Tensor) else np.asarray(token_row)
+    )
+    rows = integers(f"site {site!r}: token_row", shifted + 1) - 1
+    if rows.shape != (n,):
+        raise ArgumentError(f"site {site!r}: token_row: expected one a row, [{n}], got {list(rows.shape)}")
+    return rows

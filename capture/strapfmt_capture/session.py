@@ -1,0 +1,291 @@
+"""`capture`: one session, from the check of every argument to the closed dataset."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from strapfmt import spec
+from strapfmt.claim import check_writable
+from strapfmt.errors import ArgumentError, CaptureError, DrainError, SiteNeverFiredError
+from strapfmt.writer import COMMIT_INTERVAL_S
+from strapfmt_capture.accounts import CaptureReport, Estimate, SiteAccount, estimate
+from strapfmt_capture.engine import Engine, Mode, Options
+from strapfmt_capture.hooks import Hooks, OnFull, Tap
+from strapfmt_capture.ring import RING_BYTES
+from strapfmt_capture.sites import check_not_compiled, describe, resolve, row_modules
+from strapfmt_capture.statistics import check_statistics
+
+__all__ = ["Capture", "Mode", "capture", "rank_from_environment"]
+
+
+def capture(
+    model: torch.nn.Module,
+    path: str | Path,
+    *,
+    sites: str | Iterable[str],
+    tokenizer: Any = None,
+    codec: str = "none",
+    on_full: OnFull = "block",
+    stats: bool | Collection[str] = True,
+    tags: Mapping[str, Any] | None = None,
+    mode: Mode = "create",
+    overwrite: bool = False,
+    rank: int | None = None,
+    ring_bytes: int = RING_BYTES,
+    batch_bytes: int = spec.BATCH_TARGET_BYTES,
+    shard_bytes: int = spec.SHARD_TARGET_BYTES,
+    commit_interval_s: float = COMMIT_INTERVAL_S,
+    progress: bool | None = None,
+    quiet: bool = False,
+) -> Capture:
+    """Capture the activations of a model into a dataset, for as long as the result is entered.
+
+    Everything is checked here, before anything is attached to the model or created on disk::
+
+        with strapfmt.capture(model, "run.strap", sites=["blocks.*.resid_post"], tokenizer=tok) as cap:
+            model.generate(**inputs, max_new_tokens=32)
+        print(cap.report)
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any module; sites and rows of Hugging Face causal language models are known by uniform names. Its outputs
+        and exceptions stay as they are, and its hooks are gone afterwards.
+    path : path
+        The dataset, a directory whose name ends in `.strap`.
+    sites : str or iterable of str
+        Site names and module paths, with wildcards; `strapfmt.sites(model)` lists them.
+    tokenizer : object, optional
+        Turns token ids into text for the `tokens` and `sequences` tables.
+    codec : str
+        "none", "lz4" or "zstd".
+    on_full : {"block", "drop", "raise"}
+        What happens when writing cannot keep up and the ring is full as a forward pass begins: the model waits, the
+        values of the whole pass are not stored (its tokens are, marked dropped), or `RingFullError` is raised.
+    stats : bool or collection of str
+        Statistics stored with every row: all, none, or some of `strapfmt.spec.STATISTICS`.
+    tags : mapping, optional
+        JSON values kept with every sequence.
+    mode : {"create", "append"}
+        "create" refuses a dataset that exists; "append" goes on behind what is committed.
+    overwrite : bool
+        Replace a dataset that exists.
+    rank : int, optional
+        This process's number among several that write one dataset. None: that of the environment variable `RANK`,
+        which torchrun sets; without it, the only writer.
+    ring_bytes : int
+        Memory between the model and the writer.
+    batch_bytes, shard_bytes : int
+        Target size of a record batch and of a shard.
+    commit_interval_s : float
+        How much a crash may lose: a commit follows the first step that ends so long after the last one.
+    progress : bool, optional
+        Show a line on the standard error stream; None: if it is a terminal.
+    quiet : bool
+        Leave out the line printed at the end.
+
+    Returns
+    -------
+    Capture
+        A context manager, to be entered once.
+
+    Raises
+    ------
+    SiteNotFoundError
+        If a name matches nothing; it names near misses.
+    DatasetExistsError, DatasetNotFoundError
+        As `mode` and `overwrite` demand.
+    CompiledModelError
+        If the model, or a part of it, is compiled.
+    ArgumentError
+        If another argument is wrong.
+    """
+    if mode not in ("create", "overwrite", "append"):
+        raise ArgumentError(f"mode: expected 'create' or 'append', got {mode!r}")
+    if overwrite and mode == "append":
+        raise ArgumentError("overwrite=True replaces the dataset and mode='append' keeps it: choose one")
+    options = Options(
+        codec=codec,
+        on_full=on_full,
+        stats=check_statistics(stats),
+        mode="overwrite" if overwrite else mode,
+        rank=rank_from_environment() if rank is None else rank,
+        ring_bytes=ring_bytes,
+        batch_bytes=batch_bytes,
+        shard_bytes=shard_bytes,
+        commit_interval_s=commit_interval_s,
+    )
+    check_writable(path, rank=options.rank, mode=options.mode)
+    try:
+        json.dumps(dict(tags or {}))
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"tags: expected JSON values: {error}") from error
+    check_not_compiled(model)
+    return Capture(
+        model, Path(path), sites, options, tokenizer=tokenizer, tags=tags, progress=progress, quiet=quiet
+    )
+
+
+def rank_from_environment() -> int | None:
+    """Return the number of this process that torchrun gave it, None if it runs alone."""
+    text = os.environ.get("RANK")
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentError(
+            f"environment variable RANK: expected a number, got {text!r}; pass rank="
+        ) from None
+
+
+class Capture:
+    """A capture session, made by `capture`.
+
+    Attributes
+    ----------
+    path : Path
+        The dataset.
+    stats : tuple of str
+        The statistics that are stored.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        path: Path,
+        sites: str | Iterable[str],
+        options: Options,
+        *,
+        tokenizer: Any,
+        tags: Mapping[str, Any] | None,
+        progress: bool | None,
+        quiet: bool,
+    ) -> None:
+        self.path, self.stats = path, options.stats
+        self._model, self._options, self._tokenizer, self._tags = model, options, tokenizer, tags
+        self._points = resolve(model, sites)
+        self._row_modules = row_modules(model)
+        self._show_progress, self._quiet = progress, quiet
+        self._state = "ready"
+        self._engine: Engine | None = None
+
+    def __enter__(self) -> Self:
+        if self._engine is not None:
+            raise CaptureError(f"{self.path}: a capture is entered once; make another with mode='append'")
+        check_not_compiled(self._model)
+        self._engine = Engine(
+            self._model,
+            self.path,
+            self._points,
+            self._row_modules,
+            self._options,
+            tokenizer=self._tokenizer,
+            tags=self._tags,
+            progress=self._show_progress,
+        )
+        self._state = "running"
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._engine is not None
+        problem: CaptureError | None = None
+        self._state = "failed"
+        try:
+            self._engine.close(error)
+            self._state = "closed"
+        except DrainError as failure:
+            problem = failure
+        if error is not None:
+            _add_note(error, f"strapfmt: {problem or self.report.summary()}")
+            return
+        if not self._quiet:
+            sys.stderr.write(f"strapfmt: {self.report.summary()}\n")
+        problem = problem or self._never_fired()
+        if problem is not None:
+            raise problem
+
+    @property
+    def report(self) -> CaptureReport:
+        """The account so far, or at the end."""
+        hooks = self._engine.hooks if self._engine else None
+        drain = self._engine.drain if self._engine else None
+        ring = self._engine.ring if self._engine else None
+        taps = hooks.taps if hooks else [Tap(point=point, is_head=False) for point in self._points]
+        return CaptureReport(
+            path=self.path,
+            state=self._state,
+            sites=tuple(_account(tap, drain.written if drain else {}) for tap in taps),
+            n_tokens=hooks.n_tokens if hooks else 0,
+            n_steps=hooks.n_steps if hooks else 0,
+            n_dropped_steps=hooks.n_dropped_steps if hooks else 0,
+            n_abandoned_steps=hooks.n_abandoned_steps if hooks else 0,
+            n_bytes=drain.n_bytes if drain else 0,
+            stall_s=ring.stall_s if ring else 0.0,
+            peak_fill=ring.peak_bytes / ring.n_bytes if ring else 0.0,
+            notes=tuple(_notes(hooks)) if hooks else (),
+        )
+
+    def estimate(self, n_tokens: int) -> Estimate:
+        """Estimate the bytes that capturing `n_tokens` tokens takes, before any codec."""
+        if n_tokens < 0:
+            raise ArgumentError(f"n_tokens: expected >= 0, got {n_tokens}")
+        known = self._engine.specs if self._engine else {}
+        return estimate(n_tokens, describe(self._model, self._points), known, self.stats)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}: {len(self._points)} sites, {self._state})"
+
+    def _never_fired(self) -> SiteNeverFiredError | None:
+        assert self._engine is not None
+        silent = [tap.point.site for tap in self._engine.hooks.taps if not tap.n_calls]
+        if not silent:
+            return None
+        n_steps = self._engine.hooks.n_steps
+        if n_steps == 0:
+            why = (
+                f"no forward pass of {type(self._model).__name__} ran inside the with block (calling .forward() "
+                "directly runs no hooks)"
+            )
+        else:
+            why = f"the modules were not called in {n_steps} forward passes"
+        return SiteNeverFiredError(silent, f"{why}; the dataset is closed: {self.report.summary()}")
+
+
+def _account(tap: Tap, written: Mapping[str, int]) -> SiteAccount:
+    known = tap.layout.spec if tap.layout is not None else None
+    return SiteAccount(
+        name=tap.point.site,
+        module_path=tap.point.module_path,
+        dtype=known.dtype if known else None,
+        shape=known.shape if known else None,
+        row_space=known.row_space if known else None,
+        expected=tap.expected,
+        written=written.get(tap.point.site, 0),
+        dropped=tap.dropped,
+    )
+
+
+def _notes(hooks: Hooks) -> list[str]:
+    elsewhere = sorted(str(device) for device in hooks.devices if device.type != "cpu")
+    if not elsewhere:
+        return []
+    return [
+        f"values on {', '.join(elsewhere)} came to host memory by plain copies, one a site and pass, for which the "
+        "device waits"
+    ]
+
+
+def _add_note(error: BaseException, note: str) -> None:
+    if not isinstance(error, DrainError):
+        error.add_note(note)
