@@ -395,6 +395,29 @@ def test_a_cache_is_known_by_itself_and_not_by_its_address() -> None:
     assert all(row["position"] < 4 for row in recorder.rows())
 
 
+def test_a_cache_that_grew_while_nobody_watched() -> None:
+    class Cache:
+        length = 0
+
+        def get_seq_length(self) -> int:
+            return self.length
+
+    cache, model = Cache(), torch.nn.Identity()
+    with recording(model) as recorder:
+        recorder.tracker.begin(model, (), {"input_ids": torch.tensor([[5, 6]]), "past_key_values": cache})
+        cache.length = 5
+        step = recorder.tracker.begin(model, (), {"input_ids": torch.tensor([[7]]), "past_key_values": cache})
+    (row,) = as_table(step.tokens).to_pylist()
+    assert (row["sequence_id"], row["position"], row["parent_row"]) == (0, 5, None)
+
+
+def test_a_prompt_of_one_token_is_a_prefill() -> None:
+    model = tiny_model("llama")
+    with recording(model) as recorder:
+        generate(model, {"input_ids": torch.tensor([[BOS]])}, 2)
+    assert [step.phase for step in recorder.steps] == ["prefill", "decode"]
+
+
 def test_a_cache_that_is_reset_holds_new_sequences() -> None:
     model = tiny_model("llama")
     ids = torch.tensor(prompts(3))
@@ -434,6 +457,22 @@ def test_generation_without_a_cache_processes_the_prefix_again() -> None:
         assert parents[0] is None
         assert parents[1] == step.rows[0]
     assert set(as_table(recorder.steps[4].tokens)["sequence_id"].to_pylist()) == {2, 3}
+
+
+def test_a_pass_that_only_looks_like_the_last_one_and_a_token_is_new() -> None:
+    model = tiny_model("llama")
+    ids, mask = torch.tensor([[PAD, 5, 6]]), torch.tensor([[0, 1, 1]])
+    longer = torch.tensor([[PAD, 5, 6, 7]])
+    for given in ([0, 1, 1, 0], [1, 1, 1, 1]):  # the new place is padding; the first place was
+        with recording(model) as recorder:
+            model(ids, attention_mask=mask)
+            model(longer, attention_mask=torch.tensor([given]))
+        assert len(recorder.sequences()) == 2
+    with recording(model) as recorder:  # the sequence has gone on elsewhere, with the cache of its first pass
+        first = model(ids, attention_mask=mask)
+        model(torch.tensor([[8]]), past_key_values=first.past_key_values)
+        model(longer, attention_mask=torch.tensor([[0, 1, 1, 1]]))
+    assert tokens_of(recorder) == {0: [5, 6, 8], 1: [5, 6, 7]}
 
 
 def test_embeddings_have_rows_without_token_ids() -> None:
@@ -558,6 +597,29 @@ def test_rejected_drafts_are_marked_and_leave_the_history() -> None:
     check_invariants(recorder)
 
 
+def test_a_long_history_can_be_cut_anywhere() -> None:
+    class Cache:
+        length = 0
+
+        def get_seq_length(self) -> int:
+            return self.length
+
+    cache, module = Cache(), torch.nn.Identity()
+    with recording(module) as recorder:
+        for _ in range(5):  # longer than the room a history starts with
+            ids = torch.full((2, 50), 7)
+            recorder.tracker.begin(module, (), {"input_ids": ids, "past_key_values": cache})
+            cache.length += 50
+        cache.length = 20
+        step = recorder.tracker.begin(
+            module, (), {"input_ids": torch.tensor([[8], [9]]), "past_key_values": cache}
+        )
+    assert as_table(step.tokens)["parent_row"].to_pylist() == [19, 69]
+    assert as_table(step.tokens)["position"].to_pylist() == [20, 20]
+    assert step.events is not None
+    assert set(step.events["row"]) == {*range(20, 50), *range(70, 500)}
+
+
 def test_a_crop_after_the_last_pass_is_not_lost() -> None:
     model = tiny_model("llama")
     cache = DynamicCache(config=model.config)
@@ -570,6 +632,29 @@ def test_a_crop_after_the_last_pass_is_not_lost() -> None:
     assert list(events["row"]) == [3, 7]
     assert list(events["step"]) == [0, 0]
     assert recorder.tracker.take_events() is None
+
+
+def test_cropping_padding_takes_no_tokens() -> None:
+    model = tiny_model("llama")
+    cache = DynamicCache(config=model.config)
+    with recording(model) as recorder:
+        model(**padded(prompts(2, 5), "right"), past_key_values=cache)
+        cache.crop(-2)
+        model(torch.tensor([[7], [8]]), past_key_values=cache)
+    assert [event["row"] for event in recorder.events()] == [5, 6]
+    assert [(row["position"], row["parent_row"]) for row in recorder.rows()[-2:]] == [(2, 1), (3, 4)]
+
+
+def test_a_crop_takes_what_branches_share_from_all_of_them() -> None:
+    model = tiny_model("llama")
+    cache = DynamicCache(config=model.config)
+    with recording(model) as recorder:
+        model(torch.tensor(prompts(3)), past_key_values=cache)
+        cache.batch_repeat_interleave(2)
+        model(torch.tensor([[7], [8]]), past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([1]))
+        cache.crop(-2)
+    assert [event["row"] for event in recorder.events()] == [2, 4]
 
 
 def test_a_cache_cut_behind_our_back_is_noticed() -> None:
@@ -633,9 +718,11 @@ def test_cropping_a_copy_rejects_nothing_the_original_still_has() -> None:
         branch = copy.deepcopy(cache)
         branch.crop(-3)
         model(torch.tensor([[7]]), past_key_values=branch)
-    assert recorder.events() == []
+        assert recorder.events() == []
+        branch.crop(-1)
     assert (recorder.rows()[-1]["position"], recorder.rows()[-1]["parent_row"]) == (3, 2)
     assert recorder.sequences()[1]["fork_position"] == 3
+    assert [event["row"] for event in recorder.events()] == [6]
 
 
 @pytest.mark.parametrize("selection", [torch.tensor([1, 1, 0]), torch.tensor([True, False])])
@@ -670,6 +757,15 @@ def test_packed_sequences_are_told_apart_by_their_positions() -> None:
     assert [s["batch_index"] for s in recorder.sequences().values()] == [0, 0, 1, 1]
     assert [s["prompt_token_ids"] for s in recorder.sequences().values()] == [a, b, c, d]
     check_invariants(recorder)
+
+
+def test_a_cache_made_by_a_packed_pass_goes_on_with_the_last_sequence() -> None:
+    a, b = prompts(3, 2)
+    model = tiny_model("llama")
+    with recording(model) as recorder:
+        packed = model(input_ids=torch.tensor([a + b]), position_ids=torch.tensor([[0, 1, 2, 0, 1]]))
+        model(input_ids=torch.tensor([[7]]), past_key_values=packed.past_key_values)
+    assert tokens_of(recorder) == {0: a, 1: [*b, 7]}
 
 
 def test_packed_sequences_are_told_apart_by_their_offsets() -> None:

@@ -242,7 +242,7 @@ def test_asking_for_nothing_is_refused() -> None:
 def test_attention_patterns_need_eager_attention() -> None:
     model = tiny_model("llama", attn_implementation="sdpa")
     for pattern in ("blocks.0.attn_pattern", "blocks.*.attn_pattern", "blocks.*.attn_p*"):
-        with pytest.raises(CaptureError, match='attn_implementation="eager".*sdpa'):
+        with pytest.raises(CaptureError, match=r'attn_implementation="eager".*sdpa'):
             resolve(model, ["embed", pattern])
     assert not any("attn_pattern" in point.site for point in resolve(model, "blocks.*.*"))
     assert not any("attn_pattern" in name for name in list_sites(model).names)

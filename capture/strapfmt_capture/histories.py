@@ -43,14 +43,14 @@ class History:
         Tokens in each slot: the position of the next one.
     last_row : ndarray of int64 [n_sequences]
         Row of the last token, or negative if there is none that is known.
-    forked : ndarray of bool [n_sequences]
-        Slots that go on under a sequence of their own, because their cache is a copy.
+    is_copy : bool
+        Whether the slots are to go on as sequences of their own, because their cache is a copy.
     """
 
     __slots__ = (
         "_cells",
         "_own_from",
-        "forked",
+        "is_copy",
         "last_row",
         "length",
         "n_prompt",
@@ -63,9 +63,9 @@ class History:
         self.sequence_ids, self.n_prompt = sequence_ids, n_prompt
         self.n_tokens = np.zeros(n_sequences, np.int64)
         self.last_row = np.full(n_sequences, PADDING, np.int64)
-        self.forked = np.zeros(n_sequences, bool)
+        self.is_copy = False
         self.length = 0
-        self._own_from = np.zeros(n_sequences, np.int64)
+        self._own_from = 0  # places before this one are those of the copied cache
         self._cells = np.empty((n_sequences, _FIRST_CAPACITY), np.int64)
 
     def __len__(self) -> int:
@@ -93,13 +93,13 @@ class History:
         self.n_tokens = n_tokens.copy()
 
     def truncate(self, length: int) -> _Int64:
-        """Shrink to `length` places; return the row ids that are lost, sorted, less those another slot still has."""
+        """Shrink to `length` places; return the row ids that are lost, sorted, less those the copied cache has."""
         removed = self._cells[:, length : self.length]
-        own = np.arange(length, self.length) >= self._own_from[:, None]
-        rejected = np.unique(removed[own & (removed >= 0)])
+        own = removed[:, max(self._own_from - length, 0) :]
+        rejected = np.unique(own[own >= 0])
         self.n_tokens -= (removed != PADDING).sum(axis=1)
         self.length = length
-        np.minimum(self._own_from, length, out=self._own_from)
+        self._own_from = min(self._own_from, length)
         for slot in range(len(self)):
             places = np.flatnonzero(self._cells[slot, :length] != PADDING)
             self.last_row[slot] = self._cells[slot, places[-1]] if places.size else PADDING
@@ -109,7 +109,6 @@ class History:
         """Fill the slots anew with copies of the slots numbered in `slots`, as a reordered cache does."""
         self.sequence_ids, self.n_prompt = self.sequence_ids[slots], self.n_prompt[slots]
         self.n_tokens, self.last_row = self.n_tokens[slots], self.last_row[slots]
-        self.forked, self._own_from = self.forked[slots], self._own_from[slots]
         self._cells = self._cells[slots]
 
     def copy(self) -> History:
@@ -118,8 +117,7 @@ class History:
         copied.length, copied._cells = self.length, self._cells
         copied.n_tokens, copied.last_row = self.n_tokens, self.last_row
         copied.select(np.arange(len(self)))  # own arrays
-        copied.forked[:] = True
-        copied._own_from[:] = self.length
+        copied.is_copy, copied._own_from = True, self.length
         return copied
 
     def settle(self, next_sequence: Callable[[int], int]) -> list[tuple[int, int]]:
@@ -139,19 +137,15 @@ class History:
         """
         seen: set[int] = set()
         branched = []
-        for slot, (sequence, forked) in enumerate(
-            zip(self.sequence_ids.tolist(), self.forked.tolist(), strict=True)
-        ):
-            if forked or sequence in seen:
+        for slot, sequence in enumerate(self.sequence_ids.tolist()):
+            if self.is_copy or sequence in seen:
                 branched.append((slot, sequence))
-            else:
-                seen.add(sequence)
+            seen.add(sequence)
         if branched:
             slots = [slot for slot, _ in branched]
             first = next_sequence(len(slots))
             self.sequence_ids[slots] = np.arange(first, first + len(slots))
-            self.forked[slots] = False
-            self._own_from[slots] = self.length
+            self.is_copy = False
         return branched
 
     def _extend(self, cells: _Int64) -> None:
@@ -239,9 +233,8 @@ class _Wrapper:
 
     def __init__(self, watcher: CacheWatcher, reference: Callable[[], Any], name: str) -> None:
         self.watcher, self._reference, self._name = watcher, reference, name
-        self._inner: Callable[..., Any] | None = (
-            None  # an attribute found in place, by another watcher for one
-        )
+        # An attribute found in the place of this one: another watcher's.
+        self._inner: Callable[..., Any] | None = None
 
     def attach(self, cache: Any) -> None:
         self._inner = vars(cache).get(self._name)

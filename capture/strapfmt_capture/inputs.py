@@ -130,8 +130,6 @@ class Inputs:
         """
         attended = _attended(self.mask)
         own = self._columns(attended, past)
-        if self.n_query == 1:
-            return torch.ones_like(own[:, 0])
         in_earnest = ~attended.all(-1, keepdim=True)
         in_earnest[:, -1] = True
         return (own & in_earnest).any(1)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -94,7 +94,7 @@ class RowTracker:
     def __init__(
         self,
         *,
-        reserve: Callable[[str, int], int],
+        reserve: Callable[[Literal["row", "step", "sequence"], int], int],
         tokenizer: Any = None,
         tags: Mapping[str, Any] | None = None,
     ) -> None:
@@ -249,9 +249,8 @@ class RowTracker:
         sequence_ids = np.arange(first, first + len(places))
         last = np.diff(slots, append=n) > 0
         history = History(sequence_ids[last], counts[last])
-        history.n_tokens = (
-            counts[last] - q
-        )  # a cache made by this pass goes on with the last sequence of each row
+        # `append` will count the whole row; a cache made by this pass goes on with the last sequence in it.
+        history.n_tokens = counts[last] - q
         return Batch(
             history=history,
             real=None,
