@@ -96,8 +96,14 @@ class _Mapping:
         return mapped
 
 
-def _unmap(array: ctypes.Array[ctypes.c_char]) -> None:
-    _libc.munmap(ctypes.addressof(array), ctypes.sizeof(array))
+def _unmap(
+    array: ctypes.Array[ctypes.c_char],
+    # Held here because modules are emptied when Python exits, perhaps before the last array goes.
+    munmap: Any = _libc.munmap,
+    address: Any = ctypes.addressof,
+    size: Any = ctypes.sizeof,
+) -> None:
+    munmap(address(array), size(array))
 
 
 def _open(root: Path, name: str) -> int:
