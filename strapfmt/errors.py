@@ -117,7 +117,7 @@ class SiteNotFoundError(StrapfmtError, LookupError):
     def __init__(self, site: str, stored: Iterable[str], where: str = "this dataset") -> None:
         self.site, self.stored = site, list(stored)
         self.near = near_misses(site, self.stored)
-        hint = f"; did you mean {', '.join(map(repr, self.near))}?" if self.near else ""
+        hint = f"; did you mean {', '.join(map(repr, self.near))}?" if self.near else "."
         shown = ", ".join(self.stored[:8]) + (
             f", ... ({len(self.stored)} in all)" if len(self.stored) > 8 else ""
         )

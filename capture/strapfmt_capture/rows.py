@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from strapfmt_capture.batches import Batch, Uncached
 from strapfmt_capture.histories import PADDING, CacheWatcher, History, cache_length
 from strapfmt_capture.inputs import Inputs, read_inputs
+from strapfmt_capture.texts import TokenTexts
 
 __all__ = ["Column", "RowTracker", "Step"]
 
@@ -99,7 +100,7 @@ class RowTracker:
         tags: Mapping[str, Any] | None = None,
     ) -> None:
         self._reserve = reserve
-        self._texts = None if tokenizer is None else _Texts(tokenizer)
+        self._texts = None if tokenizer is None else TokenTexts(tokenizer)
         self._tags = json.dumps(dict(tags or {}), ensure_ascii=False)
         self._watcher = CacheWatcher(self._reject)
         self._events: list[tuple[_Int64, int]] = []
@@ -365,24 +366,3 @@ class RowTracker:
         if self._output_hook is not None:
             self._output_hook.remove()
             self._output_hook = None
-
-
-class _Texts:
-    """Text of single tokens, each decoded once."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._decode: Callable[[list[int]], str] = tokenizer.decode
-        self._special = frozenset(getattr(tokenizer, "all_special_ids", ()))
-        self._known: dict[int, str | None] = {}
-
-    def of_prompt(self, ids: _Int64) -> str:
-        """Text of a whole prompt, less placeholders for images and the like, whose ids are negative."""
-        return self._decode(ids[ids >= 0].tolist())
-
-    def columns(self, ids: _Int64) -> tuple[list[str | None], list[bool]]:
-        """Text and speciality of each token."""
-        numbers = ids.tolist()
-        known = self._known
-        for number in set(numbers).difference(known):
-            known[number] = self._decode([number]) if number >= 0 else None
-        return [known[number] for number in numbers], [number in self._special for number in numbers]
