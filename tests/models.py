@@ -6,7 +6,7 @@ import string
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 PAD, BOS, EOS = 0, 1, 2
@@ -94,6 +94,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary["the"] = len(vocabulary)
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("the|."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
     assert len(vocabulary) == VOCAB_SIZE
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
