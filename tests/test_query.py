@@ -2,9 +2,12 @@
 
 import contextlib
 import math
+import os
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -307,6 +310,15 @@ def test_a_query_stops_at_its_timeout(ds):
     assert time.monotonic() - started < 10
 
 
+def test_a_query_stops_at_ctrl_c(ds):
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        ds.sql("select sum(a.range * b.range) from range(1000000) a, range(1000000) b", timeout_s=60)
+    assert time.monotonic() - started < 10
+    assert ds.sql("select 1").fetchall() == [(1,)]
+
+
 def test_a_query_stops_at_its_memory_limit(ds):
     with pytest.raises(QueryError, match="Out of Memory"):
         ds.sql("select list(range) from range(100000000)", memory_limit="50MB")
@@ -315,6 +327,13 @@ def test_a_query_stops_at_its_memory_limit(ds):
 def test_a_timeout_must_be_a_time(ds):
     with pytest.raises(ArgumentError, match="timeout_s"):
         ds.sql("select 1", timeout_s=0)
+
+
+def test_what_is_no_text_is_refused(ds):
+    with pytest.raises(ArgumentError, match="SQL text"):
+        ds.sql(None)
+    with pytest.raises(QueryError, match="surrogate"):
+        ds.sql("select '\ud800'")
 
 
 # What it must not reach.

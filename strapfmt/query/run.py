@@ -1,12 +1,13 @@
 """One query: a fresh, closed-off DuckDB in memory, one statement, its result as Arrow, everything released."""
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
 from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from strapfmt import spec
@@ -65,13 +66,16 @@ def run_query(
     StrapfmtError
         If the data turned out to be damaged.
     """
+    if not isinstance(query, str):
+        raise ArgumentError(f"query: expected SQL text, got {type(query).__name__}")
+    if any("\ud800" <= character <= "\udfff" for character in query):
+        raise QueryError("the query holds half of a surrogate pair, which is no text")
     failures: list[StrapfmtError] = []
     try:
         with closing(_connect(memory_limit)) as connection:
             statement = read_statement(connection, query)
             Relations(connection, source, statement, failures).register()
-            with _deadline(connection, timeout_s):
-                return Result(connection.sql(statement.text, params=_parameters(params)).to_arrow_table())
+            return Result(_answer(connection, statement.text, _parameters(params), timeout_s))
     except duckdb.Error as error:
         if failures:
             raise failures[0] from None
@@ -83,32 +87,24 @@ def _connect(memory_limit: str | None) -> duckdb.DuckDBPyConnection:
     return duckdb.connect(":memory:", config={**_CLOSED_OFF, **limit})
 
 
-@contextmanager
-def _deadline(connection: duckdb.DuckDBPyConnection, timeout_s: float | None) -> Iterator[None]:
-    if timeout_s is None:
-        yield
-        return
-    if not timeout_s > 0:
+def _answer(
+    connection: duckdb.DuckDBPyConnection, query: str, params: Parameters | None, timeout_s: float | None
+) -> pa.Table:
+    """Run a query in a thread of its own: one that runs inside DuckDB sees neither a deadline nor Ctrl-C."""
+    if timeout_s is not None and not timeout_s > 0:
         raise ArgumentError(f"timeout_s: expected a number of seconds above 0, got {timeout_s!r}")
-    has_fired = threading.Event()
-
-    def stop() -> None:
-        has_fired.set()
-        connection.interrupt()
-
-    timer = threading.Timer(timeout_s, stop)
-    timer.start()
-    try:
-        yield
-    except duckdb.InterruptException:
-        if has_fired.is_set():
-            raise QueryError(
-                f"the query was stopped after timeout_s={timeout_s}; narrow it or allow more"
-            ) from None
-        raise
-    finally:
-        timer.cancel()
-        timer.join()
+    with ThreadPoolExecutor(1, thread_name_prefix="strapfmt-sql") as pool:
+        answer = pool.submit(lambda: connection.sql(query, params=params).to_arrow_table())
+        try:
+            wait([answer], timeout_s)
+        finally:
+            is_late = not answer.done()
+            while not answer.done():  # an interrupt before the query has begun is lost
+                connection.interrupt()
+                wait([answer], 0.05)
+        if is_late and answer.exception() is not None:
+            raise QueryError(f"the query was stopped after timeout_s={timeout_s}; narrow it or allow more")
+        return answer.result()
 
 
 def _parameters(params: Parameters | None) -> Parameters | None:
