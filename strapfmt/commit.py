@@ -10,10 +10,11 @@ import contextlib
 import ctypes
 import fcntl
 import os
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from strapfmt import spec
 from strapfmt.errors import WriteError, WriterConflictError
@@ -104,35 +105,44 @@ def _find_sync_file_range() -> Callable[..., int] | None:
 _sync_file_range = _find_sync_file_range()
 
 
+class _Job(NamedTuple):
+    run: Callable[[], None]
+    #: Bytes of all jobs up to this one.
+    end_bytes: int
+
+
 class IoThread:
     """One thread that runs jobs in order; at most `limit_bytes` of them wait at a time.
 
-    The first failure stops it: every later `submit` and `wait` raises it, as `WriteError`.
+    The first failure stops it: every later `submit` and `wait` raises it, as `WriteError`. An exception raised by a
+    signal in `submit` or `wait` leaves no job half counted: what waits is read off the queue itself.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self._waiting_bytes = 0
-        self._n_jobs = 0
+        #: A job stays at the front until it has run.
+        self._jobs: deque[_Job] = deque()
+        self._done_bytes = 0
         self._failure: BaseException | None = None
+        self._is_stopping = False
         self._changed = threading.Condition()
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], int] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="strapfmt-io", daemon=True)
         self._thread.start()
 
     def submit(self, job: Callable[[], None], n_bytes: int = 0) -> None:
         """Run `job` after all earlier ones; blocks while more than the limit waits."""
         with self._changed:
-            self._changed.wait_for(lambda: self._failure or self._waiting_bytes <= self._limit_bytes)
+            self._changed.wait_for(
+                lambda: self._failure or self._end_bytes - self._done_bytes <= self._limit_bytes
+            )
             self.check()
-            self._waiting_bytes += n_bytes
-            self._n_jobs += 1
-        self._jobs.put((job, n_bytes))
+            self._jobs.append(_Job(job, self._end_bytes + n_bytes))
+            self._changed.notify_all()
 
     def wait(self) -> None:
         """Block until every job so far has run."""
         with self._changed:
-            self._changed.wait_for(lambda: self._failure or self._n_jobs == 0)
+            self._changed.wait_for(lambda: self._failure or not self._jobs)
             self.check()
 
     def check(self) -> None:
@@ -141,25 +151,36 @@ class IoThread:
             raise WriteError(self._failure) from self._failure
 
     def stop(self) -> None:
-        """Finish what is queued and end the thread. Never raises."""
-        self._jobs.put(None)
+        """Finish what is queued (nothing more after a failure) and end the thread. Never raises."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
         self._thread.join()
 
+    @property
+    def _end_bytes(self) -> int:
+        return self._jobs[-1].end_bytes if self._jobs else self._done_bytes
+
     def _run(self) -> None:
-        while (entry := self._jobs.get()) is not None:
-            job, n_bytes = entry
-            failure = None
-            if self._failure is None:
-                try:
-                    job()
-                except BaseException as error:  # noqa: BLE001 - kept, and raised where the caller waits
-                    failure = error
-            del job, entry
+        while True:
             with self._changed:
-                self._failure = self._failure or failure
-                self._waiting_bytes -= n_bytes
-                self._n_jobs -= 1
+                self._changed.wait_for(lambda: self._jobs or self._is_stopping)
+                if not self._jobs:
+                    return
+                job = self._jobs[0]
+            failure = None
+            try:
+                job.run()
+            except BaseException as error:  # noqa: BLE001 - kept, and raised where the caller waits
+                failure = error
+            with self._changed:
+                self._done_bytes = job.end_bytes
+                self._jobs.popleft()
+                if failure is not None:
+                    self._failure = failure
+                    self._jobs.clear()
                 self._changed.notify_all()
+            del job, failure
 
 
 class Lock:
@@ -176,11 +197,14 @@ class Lock:
             raise WriterConflictError(
                 f"{directory}: {holder} is writing here; give each writer its own rank= or wait until it has closed"
             ) from None
+        self._process = os.getpid()
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
 
     def release(self) -> None:
         """Give the claim back. Safe to call twice."""
         if self._fd >= 0:
+            if os.getpid() == self._process:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)  # a forked child may hold the descriptor too
             os.close(self._fd)
             self._fd = -1

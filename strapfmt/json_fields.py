@@ -1,10 +1,14 @@
 """Reads untrusted JSON objects field by field and gathers every problem with its path."""
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["Fields", "refuse_constant", "unique_keys"]
+from strapfmt import spec
+from strapfmt.errors import ArgumentError
+
+__all__ = ["Fields", "plain_json", "refuse_constant", "unique_keys"]
 
 Json = Any
 
@@ -20,6 +24,24 @@ def unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
 def refuse_constant(name: str) -> Json:
     """Refuse NaN and infinities, which are no JSON; a `parse_constant`."""
     raise ValueError(f"{name} is not JSON")
+
+
+def plain_json(value: Mapping[str, Json], what: str) -> dict[str, Json]:
+    """Return a copy of what a caller wants stored as JSON, exactly as it will be read.
+
+    Raises
+    ------
+    ArgumentError
+        If JSON cannot hold it.
+    """
+    try:
+        text = json.dumps(dict(value), allow_nan=False)
+        if len(text) > spec.MAX_MANIFEST_BYTES // 8:
+            raise ValueError(f"{len(text)} bytes are more than {spec.MAX_MANIFEST_BYTES // 8}")
+        copy: dict[str, Json] = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArgumentError(f"{what}: expected JSON-ready values: {error}") from error
+    return copy
 
 
 class Fields:

@@ -82,6 +82,8 @@ class ShardWriter:
         self._stem = f"{directory}/{number:06d}"
         self._encoder, self._codec, self._alignment, self._session = encoder, codec, alignment, session
         self._fd = -1
+        #: Whether the file has its final name.
+        self.is_finished = False
         self._offset = len(encoder.prefix)
         self._unsynced_from = 0
         self._entries: list[npt.NDArray[np.void]] = []
@@ -285,6 +287,7 @@ class ShardWriter:
         self._disk.rename(
             name.with_name(name.name + spec.OPEN_SUFFIX), name.with_name(name.name + spec.DATA_SUFFIX)
         )
+        self.is_finished = True
 
 
 def _raw_bytes(batch: pa.RecordBatch) -> int:

@@ -58,12 +58,11 @@ class ShardSeries:
         self._listed = list(done)
         self._changed = False
         self._open: ShardWriter | None = None
+        self._unfinished: list[ShardWriter] = []
         self._superseded: list[Path] = []
-        if not self.directory.exists():
-            disk.mkdir(self.directory)
-            disk.sync_directory(self.directory.parent)
-        used = [int(path.name[:6]) for path in self.directory.iterdir() if path.name[:6].isdigit()]
-        self._number = max(used, default=-1) + 1
+        names = [path.name for path in self.directory.iterdir()] if self.directory.exists() else []
+        self._number = max((int(name[:6]) for name in names if name[:6].isdigit()), default=-1) + 1
+        io.submit(lambda: self._prepare(disk))
 
     def append(self, batch: RowBatch) -> None:
         """Write a full batch."""
@@ -101,14 +100,22 @@ class ShardSeries:
 
     def close(self) -> None:
         """Close descriptors, for abort."""
-        if self._open:
-            self._open.close()
+        for writer in self._unfinished:
+            writer.close()
 
     def _writer(self) -> ShardWriter:
         if self._open is None:
+            self._unfinished = [writer for writer in self._unfinished if not writer.is_finished]
             self._open = self._make(number=self._number)
+            self._unfinished.append(self._open)
             self._number += 1
         return self._open
+
+    def _prepare(self, disk: Disk) -> None:
+        """Make the directory and its name durable, also where a crashed writer left it; runs on the I/O thread."""
+        if not self.directory.exists():
+            disk.mkdir(self.directory)
+        disk.sync_directory(self.directory.parent)
 
     def _seal(self, last: RowBatch | None) -> None:
         writer = self._writer()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +20,8 @@ from strapfmt.arrowfile import MessageEncoder
 from strapfmt.claim import claim_rank
 from strapfmt.codecs import get_codec
 from strapfmt.commit import Disk, IoThread
-from strapfmt.errors import (
-    ArgumentError,
-    SiteNotFoundError,
-    WriterClosedError,
-)
+from strapfmt.errors import ArgumentError, SiteNotFoundError, WriterClosedError
+from strapfmt.json_fields import plain_json
 from strapfmt.layout import body_alignment, plan_layout
 from strapfmt.manifest import COUNTERS, Counts, Layout, Manifest, Shard, SiteEntry, file_slug
 from strapfmt.row_checks import check_columns, check_values
@@ -117,6 +116,7 @@ class DatasetWriter:
             raise ArgumentError(
                 "batch_bytes and shard_bytes: expected >= 1; commit_interval_s: expected >= 0"
             )
+        facts = plain_json(provenance or {}, "provenance")
         self.path, self.rank, self.codec = Path(path), rank or 0, codec
         self._batch_bytes, self._shard_bytes = batch_bytes, shard_bytes
         self._commit_interval_s = commit_interval_s
@@ -124,13 +124,14 @@ class DatasetWriter:
         self._root = self.path / spec.RANK_DIRECTORY.format(rank=self.rank)
         self._lock, self._manifest = claim_rank(self._disk, self.path, rank, mode)
         self._counters = dict(self._manifest.counters)
-        session = {**(provenance or {}), "started_ns": time.time_ns(), "counters": dict(self._counters)}
+        session = {**facts, "started_ns": time.time_ns(), "counters": dict(self._counters)}
         self._sessions = [*self._manifest.sessions, session]
         self._counting = threading.Lock()
         self._sites: dict[str, SiteWriter] = {}
         self._tables: dict[str, TableWriter] = {}
         self._n_bytes = 0
-        self._closed = ""
+        self._closed, self._is_torn = "", False
+        self._process = os.getpid()
         self._last_commit = time.monotonic()
         self._commits_done = self._manifest.commit
         self._io = IoThread(_QUEUE_BYTES)
@@ -221,8 +222,9 @@ class DatasetWriter:
         )
         if n_rows == 0:
             return
-        self._n_bytes += values.nbytes
-        writer.write(values, columns, shapes, self._flush_tables)
+        with self._undivided():
+            self._n_bytes += values.nbytes
+            writer.write(values, columns, shapes, self._flush_tables)
 
     def write_table(self, name: str, columns: Mapping[str, Any]) -> None:
         """Add rows to `tokens`, `sequences`, `steps` or `row_events`: one sequence or array a column, copied."""
@@ -244,7 +246,6 @@ class DatasetWriter:
     def end_step(self) -> None:
         """Say that a step is complete; commits in the background when the interval has passed."""
         self._check_open()
-        self._io.check()
         due = time.monotonic() - self._last_commit >= self._commit_interval_s
         if due and self._commits_done == self._manifest.commit:
             self._commit()
@@ -265,8 +266,10 @@ class DatasetWriter:
         """
         if self._closed:
             return
+        facts = plain_json(provenance or {}, "provenance")
         try:
-            self._sessions[-1] = {**self._sessions[-1], "ended_ns": time.time_ns(), **(provenance or {})}
+            self._check_open()
+            self._sessions[-1] = {**facts, **self._sessions[-1], "ended_ns": time.time_ns()}
             self._commit(sealing=True)
             self._io.wait()
         except BaseException:
@@ -380,7 +383,10 @@ class DatasetWriter:
             table.flush()
 
     def _commit(self, *, sealing: bool = False) -> None:
-        number = self._manifest.commit + 1
+        with self._undivided():
+            self._schedule_commit(self._manifest.commit + 1, sealing=sealing)
+
+    def _schedule_commit(self, number: int, *, sealing: bool) -> None:
         tables = [table.seal() if sealing else table.commit(number) for table in self._tables.values()]
         sites = [site.seal() if sealing else site.commit(number) for site in self._sites.values()]
         with self._counting:
@@ -420,10 +426,29 @@ class DatasetWriter:
     def _check_open(self) -> None:
         if self._closed:
             raise WriterClosedError(f"{self.path}: this writer was {self._closed}")
+        if os.getpid() != self._process:
+            raise WriterClosedError(
+                f"{self.path}: this writer belongs to process {self._process}, of which this one is a fork; open "
+                "another with its own rank= here"
+            )
+        self._io.check()
+        if self._is_torn:
+            raise WriterClosedError(
+                f"{self.path}: an earlier call was interrupted half way; the last commit stays readable, go on with "
+                "abort() and mode='append'"
+            )
+
+    @contextmanager
+    def _undivided(self) -> Iterator[None]:
+        """Accept nothing more once what happens inside was cut short, by a signal or a failure."""
+        self._is_torn = True
+        yield
+        self._is_torn = False
 
     def _end(self, how: str) -> None:
         self._closed = how
-        self._io.stop()
+        if os.getpid() == self._process:
+            self._io.stop()
         for series in self._all_series():
             series.close()
         self._lock.release()

@@ -15,8 +15,8 @@ PACKAGES = {"strapfmt": ROOT / "strapfmt", "strapfmt_capture": ROOT / "capture" 
 # A unit is a module of strapfmt/, one of its folders, or all of strapfmt_capture. It may import the units
 # of the lines above its own, and no other unit of its own line.
 LAYERS: list[set[str]] = [
-    {"spec", "errors", "text", "json_fields"},
-    {"dtypes", "codecs", "extras", "batches", "bits"},
+    {"spec", "errors", "text"},
+    {"dtypes", "codecs", "extras", "batches", "bits", "json_fields"},
     {"schema", "arrowfile"},
     {"manifest", "index"},
     {"layout", "commit", "mapped", "report", "row_checks"},
