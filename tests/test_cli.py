@@ -339,13 +339,12 @@ def test_capture_stores_every_token_and_leaves_the_model_as_it_was(run: Run, tmp
     outcome = run(*capture_arguments(tmp_path / "run.strap", "--tag", "split=test", "--json"))
     assert outcome.code == 0
     language_model = models.load("demo")
-    plain = list(
-        language_model.run(["Return a list of", "Open"], models.Generation(batch_size=8, max_new_tokens=4))
-    )
+    generation = models.Generation(batch_size=8, max_new_tokens=4)
+    plain = list(language_model.run(["Return a list of", "Open"], generation))
     assert [(entry["prompt"], entry["continuation"]) for entry in outcome.json["generations"]] == plain
     with strapfmt.open(tmp_path / "run.strap") as ds:
-        n_prompt = language_model.n_tokens(["Return a list of", "Open"])
-        assert len(ds.tokens) == n_prompt + 2 * 3, "the last generated token has no activation"
+        n_tokens = language_model.count_tokens(["Return a list of", "Open"], generation)
+        assert len(ds.tokens) == sum(n_tokens) - 2, "the last generated token has no activation"
         assert ds[SITE].n_rows == len(ds.tokens)
         assert [json.loads(tags) for (tags,) in ds.sql("SELECT tags FROM sequences")] == [
             {"split": "test"}

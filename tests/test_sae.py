@@ -33,6 +33,14 @@ def test_training_explains_sparse_data_and_finds_its_directions() -> None:
     assert training.n_activations == 400 * 256
 
 
+def test_training_stops_when_its_time_is_up() -> None:
+    batches, _ = sparse_batches(4)
+    training = train_sae(batches, d_sae=64, k=2, n_steps=10**9, max_duration_s=0.3)
+    assert 1 <= training.n_steps < 10**6
+    assert training.duration_s < 10
+    assert training.fraction_explained > 0
+
+
 def test_reported_fraction_is_one_minus_error_over_variance() -> None:
     batches, _ = sparse_batches(4)
     training = train_sae(batches, d_sae=32, k=2, n_steps=20)

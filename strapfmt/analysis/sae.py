@@ -6,8 +6,9 @@ over the variance. Their auxiliary loss for dead latents is left out: in short r
 """
 
 import itertools
+import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -114,6 +115,7 @@ def train_sae(
     d_sae: int,
     k: int,
     n_steps: int = 500,
+    max_duration_s: float = math.inf,
     learning_rate: float = 2e-3,
     seed: int = 0,
 ) -> SAETraining:
@@ -128,6 +130,8 @@ def train_sae(
         Latents in all, and latents kept for each activation.
     n_steps : int
         Optimiser steps, one batch each.
+    max_duration_s : float
+        Stop after this time if that comes first; the learning rate then falls in time too.
     learning_rate : float
         Peak rate of Adam; it rises over the first tenth and falls to zero over the last half.
     seed : int
@@ -146,30 +150,32 @@ def train_sae(
         sae = TopKSAE(first.shape[1], d_sae, k)
     sae.to(first.device)._start_at(first)
     optimiser = torch.optim.Adam(sae.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min((step + 1) * 10 / n_steps, 2 - 2 * step / n_steps, 1.0)
-    )
-    n_activations = 0
-    for x in itertools.chain([first], itertools.islice(batches, n_steps - 1)):
+    n_activations = step = 0
+    for x in itertools.chain([first], batches):
+        progress = max(step / n_steps, (time.monotonic() - started) / max_duration_s)
+        if progress >= 1:
+            break
+        optimiser.param_groups[0]["lr"] = learning_rate * min(10 * progress + 0.01, 2 - 2 * progress, 1)
         loss = sae._loss(x)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-        schedule.step()
         sae._normalise_decoder()
         n_activations += len(x)
+        step += 1
+    batches.close()
     fraction_explained, n_dead = _evaluate(sae.eval(), loader)
     return SAETraining(
         sae=sae,
         fraction_explained=fraction_explained,
         n_dead=n_dead,
-        n_steps=n_steps,
+        n_steps=step,
         n_activations=n_activations,
         duration_s=time.monotonic() - started,
     )
 
 
-def _repeat(loader: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+def _repeat(loader: Iterable[torch.Tensor]) -> Generator[torch.Tensor, None, None]:
     while True:
         is_empty = True
         for batch in loader:

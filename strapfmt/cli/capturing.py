@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from strapfmt.cli.app import JsonOption
 from strapfmt.cli.models import Generation, LanguageModel, load
-from strapfmt.cli.output import notes, print_json
+from strapfmt.cli.output import console, notes, print_json
 from strapfmt.errors import ArgumentError
 from strapfmt.report import size_text
 from strapfmt.text import visible
 
 __all__ = ["capture", "capture_prompts", "read_prompts"]
+
+_PROMPT_CHARS, _CONTINUATION_CHARS = 200, 400
 
 
 def capture(
@@ -165,20 +168,21 @@ def capture_prompts(
     """Run prompts under capture and return what happened, ready for JSON."""
     import strapfmt
 
-    started = time.monotonic()
-    with strapfmt.capture(
+    n_tokens = sum(language_model.count_tokens(prompts, generation))
+    recording = strapfmt.capture(
         language_model.model,
         out,
         sites=sites,
         tokenizer=language_model.tokenizer,
         codec=codec,
-        on_full=on_full,
+        on_full=on_full,  # type: ignore[arg-type]  # checked there
         tags=tags,
-        mode=mode,
-    ) as recording:
-        n_tokens = language_model.n_tokens(prompts) + len(prompts) * generation.max_new_tokens
-        estimate = recording.estimate(n_tokens)
-        notes().print(f"at most {n_tokens:,} tokens, about {size_text(estimate.n_bytes)}")
+        mode=mode,  # type: ignore[arg-type]
+    )
+    estimate = recording.estimate(n_tokens)
+    notes().print(f"at most {n_tokens:,} tokens, about {size_text(estimate.n_bytes)} before any codec")
+    started = time.monotonic()
+    with recording:
         generations = list(language_model.run(prompts, generation))
     return {
         "report": recording.report.to_dict(),
@@ -188,6 +192,6 @@ def capture_prompts(
 
 
 def _show(result: dict[str, Any]) -> None:
-    to = notes()
     for entry in result["generations"]:
-        to.print(f"{visible(entry['prompt'], 80)}  ->  {visible(entry['continuation'], 160)}")
+        continuation = visible(entry["continuation"], _CONTINUATION_CHARS)
+        console().print(Text.assemble((visible(entry["prompt"], _PROMPT_CHARS), "bold"), continuation))

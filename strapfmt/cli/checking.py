@@ -27,7 +27,7 @@ def verify(dataset: DatasetPath, as_json: JsonOption = False) -> None:
     if as_json:
         print_json(report.to_dict())
     else:
-        console().print(printable(str(report)))
+        console().print(printable(str(report)), soft_wrap=True)
     if not report.valid:
         raise typer.Exit(1)
 
@@ -47,7 +47,7 @@ def repair(
     if as_json:
         print_json(report.to_dict())
     else:
-        console().print(printable(str(report)))
+        console().print(printable(str(report)), soft_wrap=True)
     if not report.is_complete:
         raise typer.Exit(1)
 

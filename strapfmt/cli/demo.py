@@ -27,7 +27,7 @@ PROMPTS = (
     "Return a list of",
     "Open a file and return",
     "Raise an error if the",
-    "This module provides classes and functions that",
+    "This module provides functions that",
 )
 READ_FROM = (
     "argparse",
@@ -45,7 +45,7 @@ READ_FROM = (
     "statistics",
     "subprocess",
     "tarfile",
-    "typing",
+    "textwrap",
     "zipfile",
 )
 N_READ_EACH = 10
@@ -62,35 +62,35 @@ class Question:
 
 def questions(layer: int) -> list[Question]:
     """Return the three questions, asked of the residual stream after block `layer`."""
+    site = f'"blocks.{layer}.resid_post"'
     return [
         Question(
             asks=f"Which tokens make the longest activations after block {layer}?",
-            sql=(
-                "SELECT token, count(*) AS n, round(avg(l2_norm), 1) AS mean_norm, round(max(abs_max), 1) AS peak\n"
-                f'FROM tokens JOIN "blocks.{layer}.resid_post" USING (row)\n'
-                "GROUP BY token HAVING count(*) >= 3 ORDER BY mean_norm DESC LIMIT 6"
-            ),
+            sql=f"""\
+SELECT token, count(*) AS n, round(avg(l2_norm), 1) AS mean_norm
+FROM tokens JOIN {site} USING (row)
+GROUP BY token HAVING n >= 3 ORDER BY mean_norm DESC LIMIT 6""",
         ),
         Question(
-            asks="How does the residual stream grow from block to block, while reading and while writing?",
-            sql=(
-                "SELECT site, round(avg(l2_norm) FILTER (phase = 'prefill'), 2) AS reading,\n"
-                "       round(avg(l2_norm) FILTER (phase = 'decode'), 2) AS writing\n"
-                "FROM stats JOIN tokens USING (row)\n"
-                "WHERE site LIKE '%.resid_post' AND NOT is_special GROUP BY site ORDER BY length(site), site"
-            ),
+            asks="How does the residual stream grow, while reading and while writing?",
+            sql="""\
+SELECT site, round(avg(l2_norm) FILTER (phase = 'prefill'), 2) AS reading,
+       round(avg(l2_norm) FILTER (phase = 'decode'), 2) AS writing
+FROM stats JOIN tokens USING (row)
+WHERE site LIKE '%.resid_post' AND NOT is_special
+GROUP BY site ORDER BY length(site), site""",
         ),
         Question(
-            asks=f"What does the longest word it wrote resemble, by the angle after block {layer}?",
-            sql=(
-                "WITH word AS (SELECT token, activation FROM tokens\n"
-                f"              JOIN \"blocks.{layer}.resid_post\" USING (row) WHERE phase = 'decode'\n"
-                "              AND regexp_matches(token, '^ [A-Za-z]+$') ORDER BY length(token) DESC, row LIMIT 1)\n"
-                "SELECT word.token AS word, t.token AS resembles,\n"
-                "       round(max(array_cosine_similarity(s.activation, word.activation)), 3) AS cosine\n"
-                f'FROM word, "blocks.{layer}.resid_post" s JOIN tokens t USING (row)\n'
-                "WHERE t.token <> word.token GROUP BY ALL ORDER BY cosine DESC LIMIT 6"
-            ),
+            asks=f"What is the longest word it wrote close to, by angle after block {layer}?",
+            sql=f"""\
+WITH word AS (
+  SELECT token, activation FROM tokens JOIN {site} USING (row)
+  WHERE phase = 'decode' AND regexp_matches(token, '^ [A-Za-z]+$')
+  ORDER BY length(token) DESC, row LIMIT 1)
+SELECT word.token AS word, other.token AS close_to,
+       max(array_cosine_similarity(s.activation, word.activation)) AS cosine
+FROM word, {site} s JOIN tokens other USING (row)
+WHERE other.token <> word.token GROUP BY ALL ORDER BY cosine DESC LIMIT 6""",
         ),
     ]
 
@@ -141,7 +141,7 @@ def demo(
 
 def _step(title: str, to: Console) -> None:
     to.print()
-    to.print(Rule(Text(title, style="bold"), align="left", characters="─" if to.encoding == "utf-8" else "-"))
+    to.print(Rule(Text(title, style="bold"), align="left", style="dim"))
 
 
 def _introduce(language_model: LanguageModel, to: Console) -> None:
@@ -160,7 +160,7 @@ def _record(
     import strapfmt
 
     _step("2  Capture: it continues four prompts, and reads some documentation", to)
-    texts = list(_documentation())
+    texts = [text for text in _documentation() if language_model.n_tokens(text) <= language_model.max_tokens]
     started = time.monotonic()
     with strapfmt.capture(
         language_model.model,
@@ -169,6 +169,7 @@ def _record(
         tokenizer=language_model.tokenizer,
         mode="overwrite" if overwrite else "create",
         tags={"made_by": "strapfmt demo"},
+        quiet=True,
     ) as recording:
         read = Generation(batch_size=16, max_new_tokens=0)
         write = Generation(max_new_tokens=48, do_sample=True, temperature=0.7, seed=seed)
@@ -177,8 +178,9 @@ def _record(
         generations = list(language_model.run(PROMPTS, write))
     duration_s = time.monotonic() - started
     for prompt, continuation in generations:
-        to.print(Text.assemble(("  " + visible(prompt), "bold"), visible(continuation, 76)))
-    to.print(str(recording.report))
+        one_line = visible(continuation.replace("\n", " "), 76 - len(prompt))
+        to.print(Text.assemble(("  " + visible(prompt), "bold"), one_line))
+    to.print(printable(str(recording.report)), soft_wrap=True)
     return {
         "capture": {"report": recording.report.to_dict(), "duration_s": duration_s},
         "generations": [{"prompt": prompt, "continuation": new} for prompt, new in generations],
@@ -225,7 +227,7 @@ def _learn(ds: Any, site: str, seed: int, to: Console) -> dict[str, Any]:
     )
     to.print(
         f"It explains {learned['fraction_explained']:.1%} of the variance; "
-        f"{learned['n_dead']} latents never fire. A few of the others:"
+        f"{learned['n_dead']} latents are dead. A few of the others:"
     )
     print_table(
         ("latent", "fires on", "strongest at these [tokens], after their context"),
@@ -249,7 +251,7 @@ def _check(out: Path, to: Console) -> dict[str, Any]:
     _step("5  Every byte checked", to)
     started = time.monotonic()
     report = strapfmt.verify(out)
-    to.print(printable(f"{report}, {time.monotonic() - started:.2f} s"))
+    to.print(printable(f"{report}, {time.monotonic() - started:.2f} s"), soft_wrap=True)
     return report.to_dict()
 
 

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 __all__ = ["learn"]
 
-_N_LATENTS, _K, _N_STEPS, _BATCH_SIZE = 512, 16, 300, 1024
+_N_LATENTS, _K, _BATCH_SIZE = 512, 16, 1024
+_N_STEPS, _MAX_DURATION_S, _LEARNING_RATE = 400, 10.0, 5e-3
 _N_SHOWN, _N_TOKENS, _CONTEXT_CHARS = 5, 4, 16
 _SHARES = (0.001, 0.02)
 
@@ -38,7 +39,15 @@ def learn(ds: Any, site: str, *, seed: int) -> dict[str, Any]:
     from strapfmt.analysis.sae import train_sae
 
     loader = ds.loader(site, batch_size=_BATCH_SIZE, shuffle=True, seed=seed, where=_WHERE)
-    training = train_sae(loader, d_sae=_N_LATENTS, k=_K, n_steps=_N_STEPS, learning_rate=5e-3, seed=seed)
+    training = train_sae(
+        loader,
+        d_sae=_N_LATENTS,
+        k=_K,
+        n_steps=_N_STEPS,
+        max_duration_s=_MAX_DURATION_S,
+        learning_rate=_LEARNING_RATE,
+        seed=seed,
+    )
     return {
         "site": site,
         "n_latents": _N_LATENTS,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strapfmt.errors import ArgumentError, MissingExtraError
+from strapfmt.errors import ArgumentError
+from strapfmt.extras import require
 
 if TYPE_CHECKING:
     import torch
@@ -52,24 +53,44 @@ class LanguageModel:
         """Parameters, shared ones counted once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def n_tokens(self, prompts: Sequence[str]) -> int:
-        """Return the number of tokens of all prompts, padding not counted."""
-        return sum(len(ids) for ids in self.tokenizer(list(prompts))["input_ids"])
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence that its config allows."""
+        return getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
 
-    def run(self, prompts: Sequence[str], generation: Generation) -> Iterator[tuple[str, str]]:
-        """Run prompts in batches and yield `(prompt, continuation)` for each.
+    def n_tokens(self, text: str) -> int:
+        """Return how many tokens a text has."""
+        return len(self.tokenizer(text)["input_ids"])
+
+    def count_tokens(self, prompts: Sequence[str], generation: Generation) -> list[int]:
+        """Return how many tokens each prompt has with what may be generated after it, padding not counted.
 
         Raises
         ------
         ArgumentError
-            If a prompt has no token, or more than the model takes.
+            If a prompt has no token, or more than the model takes, or cannot be padded.
         """
+        if len(prompts) > 1 and generation.batch_size > 1 and self.tokenizer.pad_token is None:
+            raise ArgumentError(f"the tokenizer of {self.name} has no padding token: use --batch-size 1")
+        counts = [self.n_tokens(prompt) for prompt in prompts]
+        for number, count in enumerate(counts):
+            if count < 1:
+                raise ArgumentError(f"prompt {number}: expected at least 1 token, got none")
+            if count + generation.max_new_tokens > self.max_tokens:
+                raise ArgumentError(
+                    f"prompt {number}: its {count} tokens and {generation.max_new_tokens} new ones are more than "
+                    f"the {self.max_tokens} tokens that {self.name} takes"
+                )
+        return [count + generation.max_new_tokens for count in counts]
+
+    def run(self, prompts: Sequence[str], generation: Generation) -> Iterator[tuple[str, str]]:
+        """Run prompts in batches and yield `(prompt, continuation)` for each."""
         import torch
 
         torch.manual_seed(generation.seed)
         for start in range(0, len(prompts), generation.batch_size):
             batch = prompts[start : start + generation.batch_size]
-            inputs = self._tokenize(batch, start)
+            inputs = self._tokenize(batch)
             with torch.no_grad():
                 if generation.max_new_tokens == 0:
                     self.model(**inputs)
@@ -81,15 +102,8 @@ class LanguageModel:
                         batch, self.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
                     )
 
-    def _tokenize(self, prompts: Sequence[str], first: int) -> dict[str, torch.Tensor]:
-        if len(prompts) > 1 and self.tokenizer.pad_token is None:
-            raise ArgumentError(f"the tokenizer of {self.name} has no padding token: use --batch-size 1")
+    def _tokenize(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         inputs = self.tokenizer(list(prompts), return_tensors="pt", padding=len(prompts) > 1)
-        counts = inputs["attention_mask"].sum(dim=1).tolist()
-        limit = getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
-        for number, count in enumerate(counts, start=first):
-            if not 1 <= count <= limit:
-                raise ArgumentError(f"prompt {number}: expected 1 to {limit} tokens, got {int(count)}")
         return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
     def _arguments(self, generation: Generation) -> dict[str, Any]:
@@ -127,20 +141,19 @@ def load(
     MissingExtraError
         If transformers is not installed.
     """
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-    except ImportError as error:
-        raise MissingExtraError("transformers", "hf", "running a language model") from error
+    require("transformers", "hf", "running a language model")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if name == "demo" or not sys.stderr.isatty():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     where = str(DEMO_MODEL) if name == "demo" else name
-    settings = {"dtype": _dtype(dtype)}
+    model_dtype, model_device = _dtype(dtype), _device(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(where, revision=revision, **settings)
-        model.to(_device(device))  # type: ignore[arg-type]
+        model = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype=model_dtype)
+        model.to(model_device)  # type: ignore[arg-type]
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ArgumentError(f"cannot load the model {name!r}: {_first_line(error)}") from error
     tokenizer.padding_side = "left"
@@ -164,7 +177,10 @@ def _device(name: str) -> torch.device:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ArgumentError(f"cannot use the device {name!r}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
