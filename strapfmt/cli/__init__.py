@@ -40,7 +40,4 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (StrapfmtError, OSError) as error:
         print(f"error: {printable(str(error) or type(error).__name__)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
     sys.exit(0)

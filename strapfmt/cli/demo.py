@@ -2,6 +2,10 @@
 
 import importlib
 import inspect
+import os
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -259,8 +263,19 @@ def _where_next(out: Path, layer: int, duration_s: float, to: Console) -> None:
     n_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     _step(f"Done in {duration_s:.0f} s: {out.resolve()}, {size_text(n_bytes)} of plain Arrow files", to)
     to.print("Go on with:")
-    to.print(f"  strapfmt info {out}")
-    to.print(f"  strapfmt head {out} blocks.{layer}.resid_post")
-    to.print(f"  strapfmt sql {out} 'SELECT phase, count(*) FROM tokens GROUP BY phase'")
-    to.print("  strapfmt capture gpt2.strap --model gpt2 --prompt 'The capital of France is'")
-    to.print(f"  python -c 'import strapfmt; print(strapfmt.open(\"{out}\").sites)'")
+    program, python = _command("strapfmt"), _command("python")
+    place = shlex.quote(str(out))
+    to.print(f"  {program} info {place}")
+    to.print(f"  {program} head {place} blocks.{layer}.resid_post")
+    to.print(f"  {program} sql {place} 'SELECT phase, count(*) FROM tokens GROUP BY phase'")
+    to.print(f"  {program} capture gpt2.strap --model gpt2 --prompt 'The capital of France is'")
+    to.print(f"  {python} -c 'import strapfmt; print(strapfmt.open(\"{out}\").sites)'")
+
+
+def _command(name: str) -> str:
+    """Return how to call a program of this environment from here: its name, or its path if that finds another."""
+    path = Path(sys.executable).with_name(name)
+    found = shutil.which(name)
+    if not path.exists() or (found and Path(found).samefile(path)):
+        return name
+    return os.path.relpath(path)
