@@ -266,7 +266,7 @@ class Hooks:
                 return
             raise CaptureError(
                 f"site {tap.point.site!r} at {tap.point.hook_point} fired outside a forward pass of the captured "
-                "model; call the model that was given to capture(), or capture the part that you call"
+                "model; call that model itself (not its forward method, and not a part of it), or capture the part"
             )
         x = tap.point.read(args, kwargs, output)
         with self._producing:

@@ -20,6 +20,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from strapfmt.dtypes import DTYPES
 from strapfmt.errors import ArgumentError
 from strapfmt.spec import ALIGNMENT_BYTES
 
@@ -33,6 +34,8 @@ _WORTHWHILE_BYTES = 8 << 20
 _LINGER_S = 0.05
 # A wake-up that an interrupt has swallowed is made good after so long.
 _RECHECK_S = 1.0
+
+_DTYPES = [dtype.torch for dtype in DTYPES.values()]
 
 Item = TypeVar("Item")
 
@@ -71,10 +74,12 @@ class Ring(Generic[Item]):
             raise ArgumentError(f"ring_bytes: expected at least {ALIGNMENT_BYTES}, got {n_bytes}")
         self.n_bytes = _aligned(n_bytes)
         self.stall_s, self.n_stalls, self.peak_bytes = 0.0, 0, 0
-        memory = torch.empty(self.n_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
-        start = -memory.data_ptr() % ALIGNMENT_BYTES
-        self._memory = memory[start : start + self.n_bytes]
-        self._typed = {torch.uint8: self._memory}
+        # Memory from inside inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            memory = torch.empty(self.n_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
+            start = -memory.data_ptr() % ALIGNMENT_BYTES
+            self._memory = memory[start : start + self.n_bytes]
+            self._typed = {dtype: self._memory.view(dtype) for dtype in _DTYPES}
         self._worthwhile_bytes = min(_WORTHWHILE_BYTES, int(self.n_bytes * _WORTHWHILE_SHARE))
         self._items: deque[tuple[Item, int]] = deque()
         self._taken = 0
@@ -109,9 +114,7 @@ class Ring(Generic[Item]):
         torch.Tensor, shape `shape`
             The ring's own memory; valid until the slot is released.
         """
-        typed = self._typed.get(dtype)
-        if typed is None:
-            typed = self._typed[dtype] = self._memory.view(dtype)
+        typed = self._typed[dtype]
         first = start % self.n_bytes // dtype.itemsize
         return typed[first : first + math.prod(shape)].view(shape)
 

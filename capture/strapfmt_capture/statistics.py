@@ -89,8 +89,9 @@ class RowStatistics:
     """
 
     def __init__(self) -> None:
-        self._values = torch.empty(_TILE_VALUES, dtype=torch.float32)
-        self._cells = torch.empty(_TILE_VALUES, dtype=torch.float32)
+        # Memory from inside inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            self._values, self._cells = torch.empty(2, _TILE_VALUES, dtype=torch.float32, device="cpu")
 
     def __call__(self, x: torch.Tensor, names: Collection[str] = STATISTICS) -> Columns:
         """Return the statistics `names` of every row of `x`.
