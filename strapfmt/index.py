@@ -173,7 +173,7 @@ class ShardIndex:
         if not np.array_equal(batches["first_ordinal"], firsts[:-1]) or int(firsts[-1]) != self.n_rows:
             problems.append(f"first_ordinal: expected the running sum of n_rows, in all {self.n_rows}")
         inner = batches[:-1] if self.has_tail else batches
-        limit = np.uint64(1 << 62)
+        limit = 1 << 62
         if np.any(batches["offset"] > limit) or np.any(batches["body_bytes"] > limit):
             problems.append("offset, body_bytes: expected less than 2^62")
         else:
@@ -194,7 +194,7 @@ class ShardIndex:
             ends_row = runs["row"] + lengths
             if ordinals[0] != 0 or np.any(lengths <= 0) or np.any(runs["row"][1:] < ends_row[:-1]):
                 problems.append("runs: expected strictly increasing rows and ordinals from 0")
-            if np.any(runs["row"] < 0) or np.any(ends_row > np.int64(1 << 62)):
+            if np.any((runs["row"] < 0) | (runs["row"] > limit)) or np.any(ends_row > np.int64(1 << 62)):
                 problems.append("runs: expected row numbers in 0..2^62")
         if problems:
             raise CorruptError(f"{where}: {'; '.join(problems)}", problems)
