@@ -372,7 +372,7 @@ def test_capture_refuses_an_existing_dataset_then_appends_or_replaces(run: Run, 
     assert run(*capture_arguments(out)).code == 0
     refused = run(*capture_arguments(out))
     assert refused.code == 2
-    assert str(out) in refused.err
+    assert f"error: {out} exists already: --overwrite replaces it" in refused.err
 
     def count() -> int:
         with strapfmt.open(out) as ds:

@@ -1,13 +1,16 @@
 """Owns the typer application that the commands register with, and the arguments they share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from strapfmt import __version__
+from strapfmt.errors import DatasetExistsError
 
-__all__ = ["DatasetPath", "JsonOption", "SiteName", "app"]
+__all__ = ["DatasetPath", "JsonOption", "SiteName", "app", "new_dataset"]
 
 app = typer.Typer(
     name="strapfmt",
@@ -48,3 +51,12 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+@contextmanager
+def new_dataset(path: Path, advice: str) -> Iterator[None]:
+    """Say of a dataset that exists already what can be done on the command line, rather than in Python."""
+    try:
+        yield
+    except DatasetExistsError as error:
+        raise DatasetExistsError(f"{path} exists already: {advice}") from error

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from strapfmt.cli.app import JsonOption
+from strapfmt.cli.app import JsonOption, new_dataset
 from strapfmt.cli.models import Generation, LanguageModel, load
 from strapfmt.cli.output import console, notes, print_json
 from strapfmt.errors import ArgumentError
@@ -169,16 +169,17 @@ def capture_prompts(
     import strapfmt
 
     n_tokens = sum(language_model.count_tokens(prompts, generation))
-    recording = strapfmt.capture(
-        language_model.model,
-        out,
-        sites=sites,
-        tokenizer=language_model.tokenizer,
-        codec=codec,
-        on_full=on_full,  # type: ignore[arg-type]  # checked there
-        tags=tags,
-        mode=mode,  # type: ignore[arg-type]
-    )
+    with new_dataset(out, "--overwrite replaces it, --append adds to it"):
+        recording = strapfmt.capture(
+            language_model.model,
+            out,
+            sites=sites,
+            tokenizer=language_model.tokenizer,
+            codec=codec,
+            on_full=on_full,  # type: ignore[arg-type]  # checked there
+            tags=tags,
+            mode=mode,  # type: ignore[arg-type]
+        )
     estimate = recording.estimate(n_tokens)
     notes().print(f"at most {n_tokens:,} tokens, about {size_text(estimate.n_bytes)} before any codec")
     started = time.monotonic()

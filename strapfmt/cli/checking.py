@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from strapfmt.cli.app import DatasetPath, JsonOption
+from strapfmt.cli.app import DatasetPath, JsonOption, new_dataset
 from strapfmt.cli.output import console, notes, print_json, printable
 
 __all__ = ["repair", "verify"]
@@ -43,7 +43,8 @@ def repair(
     """
     import strapfmt
 
-    report = strapfmt.repair(dataset, out)
+    with new_dataset(out, "choose another place for what is rescued"):
+        report = strapfmt.repair(dataset, out)
     if as_json:
         print_json(report.to_dict())
     else:

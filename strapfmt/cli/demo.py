@@ -18,7 +18,7 @@ from rich.rule import Rule
 from rich.syntax import Syntax
 from rich.text import Text
 
-from strapfmt.cli.app import JsonOption
+from strapfmt.cli.app import JsonOption, new_dataset
 from strapfmt.cli.latents import learn
 from strapfmt.cli.models import Generation, LanguageModel, load
 from strapfmt.cli.output import console, notes, print_json, print_table, printable
@@ -166,15 +166,17 @@ def _record(
     _step("2  Capture: it continues four prompts, and reads some documentation", to)
     texts = [text for text in _documentation() if language_model.n_tokens(text) <= language_model.max_tokens]
     started = time.monotonic()
-    with strapfmt.capture(
-        language_model.model,
-        out,
-        sites=["blocks.*.resid_post"],
-        tokenizer=language_model.tokenizer,
-        mode="overwrite" if overwrite else "create",
-        tags={"made_by": "strapfmt demo"},
-        quiet=True,
-    ) as recording:
+    with new_dataset(out, "--overwrite replaces it, --out writes another"):
+        recording = strapfmt.capture(
+            language_model.model,
+            out,
+            sites=["blocks.*.resid_post"],
+            tokenizer=language_model.tokenizer,
+            overwrite=overwrite,
+            tags={"made_by": "strapfmt demo"},
+            quiet=True,
+        )
+    with recording:
         read = Generation(batch_size=16, max_new_tokens=0)
         write = Generation(max_new_tokens=48, do_sample=True, temperature=0.7, seed=seed)
         for _ in language_model.run(texts, read):

@@ -1,16 +1,16 @@
 """The commands that read: `info`, `head`, `sql` and `stats`."""
 
-import json
 import sys
 import time
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from strapfmt import spec
 from strapfmt.cli.app import DatasetPath, JsonOption, SiteName
-from strapfmt.cli.output import console, notes, plain_json, print_csv, print_json, print_table
+from strapfmt.cli.output import console, notes, print_csv, print_json, print_table
 from strapfmt.dtypes import DType
 from strapfmt.report import shape_text, size_text
 from strapfmt.text import visible
@@ -18,7 +18,8 @@ from strapfmt.text import visible
 __all__ = ["Format", "head", "info", "sql", "stats"]
 
 
-_TOLD = ("sequence_id", "position", "phase", "token")
+_NOT_SHOWN = {"counters", "sites"}
+_TOKEN_COLUMNS = ("sequence_id", "position", "phase", "token")
 
 
 class Format(StrEnum):
@@ -90,11 +91,21 @@ def _show_info(document: dict[str, Any]) -> None:
 
 def _show_session(session: dict[str, Any]) -> None:
     for key, value in session.items():
-        if key.endswith("_ns") and isinstance(value, int):
-            text = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(value / 1e9))
-        else:
-            text = value if isinstance(value, str) else json.dumps(plain_json(value))
-        console().print(f"  {visible(key)}: {visible(text, 110)}")
+        if key in _NOT_SHOWN:
+            continue
+        line = Text(f"  {visible(key)}: {visible(_told(key, value))}")
+        console().print(line, no_wrap=True, overflow="ellipsis")
+
+
+def _told(key: str, value: Any) -> str:
+    """Return a fact of provenance as one line for people; `--json` has it as it is stored."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_told(name, item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return " ".join(_told("", item) for item in value)
+    if key.endswith("_ns") and isinstance(value, int):
+        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(value / 1e9))
+    return str(value)
 
 
 def head(
@@ -122,7 +133,7 @@ def _first_activations(ds: Any, site: Any, n: int) -> list[dict[str, Any]]:
     for row in rows:
         values = _numbers(row.pop("activation"), site.spec.stored_dtype)
         token = words.get(row.get("token_row", row["row"]), {})
-        told = {name: token.get(name) for name in _TOLD}
+        told = {name: token.get(name) for name in _TOKEN_COLUMNS}
         shown.append({"row": row.pop("row"), **told, **row, "activation": values})
     return shown
 
@@ -131,7 +142,7 @@ def _tokens_at(ds: Any, rows: list[int | None]) -> dict[int, dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    tokens = ds.tokens.to_arrow(["row", *_TOLD])
+    tokens = ds.tokens.to_arrow(["row", *_TOKEN_COLUMNS])
     found = tokens.filter(pc.is_in(tokens["row"], value_set=pa.array(rows, pa.int64()))).to_pylist()
     return {token.pop("row"): token for token in found}
 
