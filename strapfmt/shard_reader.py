@@ -16,7 +16,6 @@ import pyarrow.ipc
 
 from strapfmt import spec
 from strapfmt.arrowfile import decoded_bytes, digest
-from strapfmt.bits import as_integers, as_numpy
 from strapfmt.codecs import CODECS
 from strapfmt.errors import CorruptError, UnsupportedError
 from strapfmt.index import ShardIndex
@@ -217,35 +216,36 @@ class ShardReader:
             yield int(entry["first_ordinal"]), self._strided(first, stop)
             first = stop
 
-    def gather(self, ordinals: Array, out: torch.Tensor) -> None:
-        """Copy the activations of `ordinals` (int64 [n]) into `out` [n, row_values], one row each."""
-        import torch
+    def gather(self, ordinals: Array, out: Array, positions: Array) -> None:
+        """Copy the activations of `ordinals` (int64 [n]) into the rows `positions` of `out`, batch after batch.
 
-        site, firsts = self._fixed_site(), self._first_ordinals
-        if self._is_regular:
-            which = ordinals // max(self._layout.batch_rows, 1)
-        else:
-            which = np.searchsorted(firsts, ordinals, "right") - 1
-        inside = ordinals - firsts[which]
-        if self.is_row_aligned:
-            in_data = which < self._n_in_data
-            physical = self._body_starts[which] // site.row_bytes + inside
-            if bool(np.all(in_data)):
-                torch.index_select(self._flat(), 0, torch.from_numpy(physical), out=as_integers(out))
-                return
-            direct = torch.from_numpy(np.flatnonzero(in_data))
-            as_integers(out)[direct] = self._flat()[torch.from_numpy(physical[in_data])]
-            rest = np.flatnonzero(~in_data)
-        else:
-            rest = np.arange(len(ordinals))
-        self._gather_by_batch(rest, which, inside, as_numpy(out))
-
-    def _gather_by_batch(self, chosen: Array, which: Array, inside: Array, target: Array) -> None:
-        """Copy the rows at positions `chosen`, one batch after the other."""
-        chosen = chosen[np.argsort(which[chosen], kind="stable")]
-        for group in np.split(chosen, np.flatnonzero(np.diff(which[chosen])) + 1):
+        For what is compressed; rows of plain shards are gathered by their addresses.
+        """
+        which = np.searchsorted(self.first_ordinals, ordinals, "right") - 1
+        inside = ordinals - self.first_ordinals[which]
+        order = np.argsort(which, kind="stable")
+        for group in np.split(order, np.flatnonzero(np.diff(which[order])) + 1):
             if len(group):
-                target[group] = self._decoded(int(which[group[0]])).view(target.dtype)[inside[group]]
+                values = self._decoded(int(which[group[0]])).view(out.dtype)
+                out[positions[group]] = values[inside[group]]
+
+    @cached_property
+    def first_ordinals(self) -> Array:
+        """Ordinal at which each record batch begins, int64 [n_batches]."""
+        return self.index.batches["first_ordinal"].astype(np.int64)
+
+    @cached_property
+    def body_addresses(self) -> Array:
+        """Where in memory each record batch's body begins, int64 [n_batches]; valid while this reader lives."""
+        addresses = self._body_starts + _address(self._maps.data)
+        if self.index.has_tail:
+            addresses[-1] = self._body_starts[-1] + _address(self._maps.tail)
+        return addresses
+
+    @cached_property
+    def is_regular(self) -> bool:
+        """Whether every batch but the last holds the layout's number of rows."""
+        return bool(np.all(self.index.batches["n_rows"][:-1] == self._layout.batch_rows))
 
     # Inside.
 
@@ -262,28 +262,10 @@ class ShardReader:
         values = self.batch(number, verify=False).column(0).flatten()
         return np.asarray(values.to_numpy(zero_copy_only=True)).reshape(-1, site.row_values)
 
-    def _flat(self) -> torch.Tensor:
-        """Return the whole data file as integers, [n, row_values]; some of its rows are headers and columns."""
-        import torch
-
-        site, data = self._fixed_site(), self._maps.data
-        rows = len(data) // site.row_bytes
-        flat = torch.frombuffer(data, dtype=site.stored_dtype.torch, count=rows * site.row_values)
-        return as_integers(flat.view(rows, site.row_values))
-
-    @cached_property
-    def _first_ordinals(self) -> Array:
-        return self.index.batches["first_ordinal"].astype(np.int64)
-
     @cached_property
     def _body_starts(self) -> Array:
         starts: Array = self.index.batches["offset"].astype(np.int64) + self.index.batches["header_bytes"]
         return starts
-
-    @cached_property
-    def _is_regular(self) -> bool:
-        """Whether every batch but the last holds `batch_rows` rows."""
-        return bool(np.all(self.index.batches["n_rows"][:-1] == self._layout.batch_rows))
 
     @property
     def _n_in_data(self) -> int:
@@ -409,6 +391,10 @@ class ShardReader:
         if part is None:
             raise AssertionError(f"a checked manifest has a {role} part")
         return part
+
+
+def _address(memory: memoryview) -> int:
+    return int(np.frombuffer(memory, np.uint8).ctypes.data)
 
 
 def _check_shapes(place: str, batch: pa.RecordBatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,7 @@ import numpy.typing as npt
 from strapfmt.errors import ArgumentError, RowNotFoundError, UnsupportedError
 from strapfmt.shard_reader import ShardReader
 
-__all__ = ["ShardedRows", "integers_of"]
+__all__ = ["ShardedRows", "distinct", "integers_of"]
 
 
 class ShardedRows:
@@ -89,13 +90,16 @@ class ShardedRows:
             If the site does not hold one of them.
         """
         wanted = integers_of(rows, "rows")
-        firsts = np.array([shard.shard.first_row for shard in self._shards()], np.int64)
+        firsts, lasts, is_dense = self._row_spans
         which = np.searchsorted(firsts, wanted, "right") - 1
         ordinals = np.full(len(wanted), -1, np.int64)
-        for number in np.unique(which[which >= 0]).tolist():
-            chosen = np.flatnonzero(which == number)
-            found = self._readers[number].ordinals_of(wanted[chosen])
-            ordinals[chosen] = np.where(found >= 0, found + self._starts[number], -1)
+        if len(firsts):
+            inside = (which >= 0) & (wanted <= lasts[which])
+            ordinals = np.where(inside, wanted - firsts[which] + self._starts[which], -1)
+            for number in distinct(which[inside & ~is_dense[which]]):
+                chosen = np.flatnonzero(which == number)
+                found = self._readers[number].ordinals_of(wanted[chosen])
+                ordinals[chosen] = np.where(found >= 0, found + self._starts[number], -1)
         if np.any(ordinals < 0):
             raise RowNotFoundError(self.name, wanted[ordinals < 0].tolist())
         return ordinals
@@ -114,6 +118,14 @@ class ShardedRows:
                 shard.verify(max(first - start, 0), min(last, end) - start)
             start = end
 
+    @cached_property
+    def _row_spans(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """First and last row id of each shard, and whether it holds all between; its index is not needed then."""
+        shards = [shard.shard for shard in self._shards()]
+        firsts = np.array([shard.first_row for shard in shards], np.int64)
+        lasts = np.array([shard.last_row for shard in shards], np.int64)
+        return firsts, lasts, lasts - firsts + 1 == np.diff(self._starts)
+
     def _shards(self) -> Sequence[ShardReader]:
         if self.problem:
             raise UnsupportedError(f"{self._where}: site {self.name!r}: {self.problem}")
@@ -122,6 +134,11 @@ class ShardedRows:
     def _spans(self) -> Iterator[tuple[ShardReader, int, int]]:
         for shard, start in zip(self._shards(), self._starts.tolist(), strict=False):
             yield shard, start, start + shard.shard.n_rows
+
+
+def distinct(numbers: npt.NDArray[np.int64]) -> list[int]:
+    """Return which numbers there are, in order; they are small and >= 0."""
+    return np.flatnonzero(np.bincount(numbers)).tolist() if len(numbers) else []
 
 
 def integers_of(values: npt.ArrayLike, what: str) -> npt.NDArray[np.int64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
@@ -11,13 +12,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from strapfmt.addresses import RowAddresses, gather_addresses
 from strapfmt.batches import limited, resized
-from strapfmt.bits import as_integers
+from strapfmt.bits import as_numpy
 from strapfmt.errors import ArgumentError, ViewError
 from strapfmt.manifest import Layout
 from strapfmt.schema import SiteSpec, site_schema
-from strapfmt.shard_reader import ShardReader
-from strapfmt.sharded import ShardedRows, integers_of
+from strapfmt.sharded import ShardedRows, distinct, integers_of
 
 if TYPE_CHECKING:
     import torch
@@ -182,8 +183,6 @@ class Site(ShardedRows):
 
     def gather(self, ordinals: npt.ArrayLike, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return rows by ordinal, as `take` does by row id."""
-        import torch
-
         self._check_fixed("gather()")
         wanted = integers_of(ordinals, "ordinals")
         if np.any((wanted < 0) | (wanted >= self.n_rows)):
@@ -192,18 +191,7 @@ class Site(ShardedRows):
             )
         target = self._out(len(wanted)) if out is None else out
         _check_out(target, (len(wanted), *self.shape), self.spec.stored_dtype.torch, self.name)
-        flat = target.view(len(wanted), self.spec.row_values)
-        which = np.searchsorted(self._starts, wanted, "right") - 1
-        numbers = np.unique(which).tolist()
-        for number in numbers:
-            shard = self._readers[number]
-            if len(numbers) == 1:
-                self._gather(shard, wanted - self._starts[number], flat)
-                continue
-            chosen = np.flatnonzero(which == number)
-            part = torch.empty((len(chosen), self.spec.row_values), dtype=target.dtype)
-            self._gather(shard, wanted[chosen] - self._starts[number], part)
-            as_integers(flat)[torch.from_numpy(chosen)] = as_integers(part)
+        self._fill(wanted, target.view(len(wanted), self.spec.row_values))
         return target
 
     # Arrow.
@@ -300,19 +288,32 @@ class Site(ShardedRows):
 
     def _copy(self, start: int, stop: int) -> torch.Tensor:
         out = self._out(stop - start)
-        flat = out.view(stop - start, self.spec.row_values)
-        for shard, begin, end in self._spans():
-            low, high = max(start, begin), min(stop, end)
-            if low < high:
-                self._gather(shard, np.arange(low - begin, high - begin), flat[low - start : high - start])
+        self._fill(np.arange(start, stop), out.view(stop - start, self.spec.row_values))
         return out
 
-    def _gather(self, shard: ShardReader, ordinals: Array, out: torch.Tensor) -> None:
-        if self._always:
-            firsts = shard.index.batches["first_ordinal"].astype(np.int64)
-            for number in np.unique(np.searchsorted(firsts, ordinals, "right") - 1).tolist():
-                shard.verify(number, number + 1)
-        shard.gather(ordinals, out)
+    def _fill(self, ordinals: Array, out: torch.Tensor) -> None:
+        """Copy the rows at `ordinals` into `out` [n, row_values]."""
+        shards = np.searchsorted(self._starts, ordinals, "right") - 1
+        numbers = distinct(shards)
+        for number in numbers:
+            if self._always:
+                firsts = self._readers[number].first_ordinals + self._starts[number]
+                for batch in np.unique(
+                    np.searchsorted(firsts, ordinals[shards == number], "right") - 1
+                ).tolist():
+                    self._readers[number].verify(batch, batch + 1)
+        if all(self._readers[number].is_plain for number in numbers):
+            gather_addresses(self._addresses.of(ordinals, shards), out)
+            return
+        for number in numbers:
+            chosen = np.flatnonzero(shards == number)
+            self._readers[number].gather(ordinals[chosen] - self._starts[number], as_numpy(out), chosen)
+
+    @cached_property
+    def _addresses(self) -> RowAddresses:
+        return RowAddresses(
+            self._readers, self._starts, row_bytes=self.spec.row_bytes, batch_rows=self.layout.batch_rows
+        )
 
     def _columns(self, columns: Iterable[str] | None) -> list[str]:
         wanted = list(self.schema.names) if columns is None else list(columns)
