@@ -26,6 +26,7 @@ _TURN_SHARE = 8
 _TURN_BYTES = 16 << 20
 # Values of one site that arrive in pieces smaller than this are written together.
 _PIECE_BYTES = 256 << 10
+_PATIENCE_S = 2.0
 
 _Int64 = npt.NDArray[np.int64]
 
@@ -148,9 +149,9 @@ class Drain:
         self.check()
 
     def abort(self) -> None:
-        """End the thread without writing any more; the last commit stays."""
+        """End the thread without writing any more; the last commit stays. A disk that hangs is not waited for."""
         self._ring.abort()
-        self._thread.join()
+        self._thread.join(_PATIENCE_S)
 
     # Inside the thread.
 
