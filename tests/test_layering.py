@@ -92,7 +92,6 @@ THIRD_PARTY: dict[str, Allowed] = {
     "pandas": Allowed(at_top=set(), inside={"query", "reader"}),
     "polars": Allowed(at_top=set(), inside={"query", "reader"}),
     "transformers": Allowed(at_top=set(), inside={"strapfmt_capture", "cli"}),
-    "safetensors": Allowed(at_top=set(), inside={"cli"}),
     "rich": Allowed(at_top={"cli"}, inside={"strapfmt_capture"}),
     "typer": Allowed(at_top={"cli"}, inside=set()),
 }
