@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import mmap
 import os
 import platform
 import shutil
@@ -20,16 +19,21 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "DISK_REPEATS",
     "Case",
     "Question",
     "Report",
     "Settings",
-    "fresh_memory",
     "in_rounds",
     "is_installed",
     "machine",
     "scratch",
 ]
+
+#: Runs in a row of anything that fills the page cache. On a virtual machine, memory that has lain free for two seconds
+#: may belong to the host again, and the first to touch it waits for it: a write then runs at a tenth of its speed.
+#: Which run that meets is chance; the quickest of a few in a row has found the memory of those before it.
+DISK_REPEATS = 4
 
 _PACKAGES = (
     "strapfmt",
@@ -76,14 +80,17 @@ class Case:
     Attributes
     ----------
     run : callable
-        What is timed. It may return the seconds itself, to leave out what does not belong to them.
+        What is timed. A float that it returns is taken as the seconds, which leaves out what does not belong to them.
     before, after : callable
-        Not timed, in every round.
+        Not timed, around every run.
+    repeats : int
+        Runs in a row, of which the quickest counts.
     """
 
-    run: Callable[[], float | None]
+    run: Callable[[], object]
     before: Callable[[], object] = lambda: None
     after: Callable[[], object] = lambda: None
+    repeats: int = 1
 
 
 @dataclass(slots=True)
@@ -190,7 +197,7 @@ def in_rounds(cases: Mapping[str, Case], rounds: int, *, warm_up: bool = True) -
     for number in range(-1 if warm_up else 0, rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            taken = _time(cases[name])
+            taken = min(_time(cases[name]) for _ in range(cases[name].repeats))
             if number >= 0:
                 seconds[name].append(taken)
     return seconds
@@ -207,18 +214,7 @@ def _time(case: Case) -> float:
     finally:
         gc.enable()
         case.after()
-    return taken if told is None else told
-
-
-def fresh_memory(n_bytes: int) -> None:
-    """Let the host back `n_bytes` of free memory, so that no run pays for it.
-
-    On a virtual machine with free page reporting, memory that lay free for two seconds belongs to the host again, and
-    touching it costs some 2.5 ns a byte, more than any write. Which run would pay is chance; so none does.
-    """
-    with mmap.mmap(-1, n_bytes) as memory:
-        for at in range(0, n_bytes, mmap.PAGESIZE):
-            memory[at] = 1
+    return told if isinstance(told, float) else taken
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.formats import Format, Opened, OpenedMatrix, Strapfmt, peers
-from benchmarks.measure import Case, Report, Settings, fresh_memory, in_rounds, scratch
+from benchmarks.measure import DISK_REPEATS, Case, Report, Settings, in_rounds, scratch
 from benchmarks.workloads import activations, bits, drop_cached, n_bytes_below, some_ordinals, sync
 
 __all__ = ["measure"]
@@ -34,7 +34,7 @@ class _Bare:
 def measure(settings: Settings) -> Report:
     """Read one bfloat16 matrix from every format."""
     torch.set_num_threads(1)
-    n_rows = settings.size(131_072, 2_048)
+    n_rows = settings.size(65_536, 2_048)
     n_gathered = settings.size(_GATHERED, 256)
     x = activations(n_rows, _WIDTH)
     n_bytes = x.numel() * x.element_size()
@@ -140,12 +140,12 @@ class _Readers:
     def cold(self, name: str, kind: type[_Job]) -> Case:
         """Open and read what is not in the page cache."""
         job, path = self._job(kind), self._paths[name]
-
-        def before() -> None:
-            drop_cached(path)
-            fresh_memory(2 * self.n_bytes)
-
-        return Case(run=lambda: job(self._formats[name].open(path)), before=before, after=job.check)
+        return Case(
+            run=lambda: job(self._formats[name].open(path)),
+            before=lambda: drop_cached(path),
+            after=job.check,
+            repeats=DISK_REPEATS,
+        )
 
     def _job(self, kind: type[_Job]) -> _Job:
         return kind(self._x, self._all if kind is _Read else self._some)

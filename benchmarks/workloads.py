@@ -75,16 +75,17 @@ def store(
     statistics: tuple[str, ...] = STATISTICS,
     **options: Any,
 ) -> None:
-    """Write bfloat16 `x` [n, width] as one site of a dataset, statistics and checksums included, durably."""
-    compute = RowStatistics()
+    """Write `x` [n, width] (bfloat16 or float32) as one site of a dataset, with statistics and checksums, durably."""
+    compute, dtype = RowStatistics(), str(x.dtype).removeprefix("torch.")
+    stored = bits if x.dtype == torch.bfloat16 else torch.Tensor.numpy
     with DatasetWriter(path, **options) as writer:
         writer.add_site(
-            SiteSpec(name=SITE, dtype="bfloat16", shape=(x.shape[1],), codec=codec, statistics=statistics)
+            SiteSpec(name=SITE, dtype=dtype, shape=(x.shape[1],), codec=codec, statistics=statistics)
         )
         for chunk in chunks_of(x, chunk_rows):
             first = writer.reserve("row", len(chunk))
             rows = np.arange(first, first + len(chunk))
-            writer.write(SITE, bits(chunk), rows=rows, statistics=compute(chunk, statistics))
+            writer.write(SITE, stored(chunk), rows=rows, statistics=compute(chunk, statistics))
             writer.end_step()
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from benchmarks.formats import Format, Strapfmt, peers, remove
-from benchmarks.measure import Case, Report, Settings, fresh_memory, in_rounds, scratch
+from benchmarks.measure import DISK_REPEATS, Case, Report, Settings, in_rounds, scratch
 from benchmarks.workloads import activations, bits, chunks_of, n_bytes_below, sync
 from strapfmt.commit import Disk
 
@@ -22,7 +21,7 @@ _WRITEBACK_BYTES = 8 << 20
 
 def measure(settings: Settings) -> Report:
     """Write one bfloat16 matrix in every way."""
-    n_rows = settings.size(131_072, 2_048)
+    n_rows = settings.size(65_536, 2_048)
     x = activations(n_rows, _WIDTH)
     n_bytes = x.numel() * x.element_size()
     report = Report(
@@ -78,7 +77,7 @@ def _raw(path: Path, x: torch.Tensor, *, hints: bool) -> Case:
         os.close(fd)
         sync(path)
 
-    return _with_room(run, path, x)
+    return Case(run=run, after=lambda: remove(path), repeats=DISK_REPEATS)
 
 
 def _case(format_: Format, path: Path, x: torch.Tensor) -> Case:
@@ -86,12 +85,7 @@ def _case(format_: Format, path: Path, x: torch.Tensor) -> Case:
         format_.write(path, x)
         sync(path)
 
-    return _with_room(run, path, x)
-
-
-def _with_room(run: Callable[[], None], path: Path, x: torch.Tensor) -> Case:
-    room = 2 * x.numel() * x.element_size()
-    return Case(run=run, before=lambda: fresh_memory(room), after=lambda: remove(path))
+    return Case(run=run, after=lambda: remove(path), repeats=DISK_REPEATS)
 
 
 def _limits(x: torch.Tensor) -> dict[str, Case]:
