@@ -113,6 +113,7 @@ def test_take_gives_at_least_one_item_and_no_more_bytes_than_asked() -> None:
     ring: Ring[tuple[int, Slot]] = Ring(1024)
     for value in range(4):
         put(ring, 128, value)
+    ring.close()
     assert len(ring.take(1)) == 1
     assert len(ring.take(256)) == 2
     assert len(ring.take(256)) == 1

@@ -2,48 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
-from strapfmt.dtypes import dtype_of_torch
 from strapfmt.errors import DrainError
 from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
 from strapfmt_capture.ring import Ring
 from strapfmt_capture.rows import Column, Step
 from strapfmt_capture.statistics import Columns, RowStatistics
+from strapfmt_capture.turn import Piece, Values, compute_statistics, pieces_of
 
-__all__ = ["Drain", "Events", "Item", "StepEnd", "StepStart", "Values"]
+__all__ = ["Drain", "Events", "Item", "StepEnd", "StepStart"]
 
 _TURN_SHARE = 8
 _TURN_BYTES = 16 << 20
-# Values of one site that arrive in pieces smaller than this are written together.
-_PIECE_BYTES = 256 << 10
 _PATIENCE_S = 2.0
-
-_Int64 = npt.NDArray[np.int64]
-
-
-@dataclass(slots=True, kw_only=True)
-class Values:
-    """Rows of one site, in the ring from position `start`; `shape` is that of each row."""
-
-    spec: SiteSpec
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    n_rows: int
-    start: int
-    stop: int
-    rows: _Int64 | None
-    token_row: _Int64 | None
-    call: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -179,27 +157,14 @@ class Drain:
                 if not items:
                     return
             position = self._ring.position
-            statistics = self._compute(items)
+            values = [item for item in items if isinstance(item, Values)]
+            statistics = compute_statistics(values, self._ring, self._statistics)
             self._writer.wait()
             self._ring.release(written)
             self._write(items, statistics)
             written = position
 
-    def _compute(self, items: Sequence[Item]) -> dict[int, Columns]:
-        """Statistics of all values, by their start; neighbours in memory that are alike are computed as one tensor."""
-        found: dict[int, Columns] = {}
-        values_ = [item for item in items if isinstance(item, Values) and item.spec.statistics]
-        for run in _runs(values_, self._ring.n_bytes):
-            first, n_rows = run[0], sum(values.n_rows for values in run)
-            x = self._ring.view(first.start, first.dtype, (n_rows, *first.shape))
-            columns = self._statistics(x, first.spec.statistics)
-            at = 0
-            for values in run:
-                found[values.start] = {k: column[at : at + values.n_rows] for k, column in columns.items()}
-                at += values.n_rows
-        return found
-
-    def _write(self, items: Sequence[Item], statistics: Mapping[int, Columns]) -> None:
+    def _write(self, items: Sequence[Item], statistics: Columns) -> None:
         """Hand everything over; a commit, if it is due, comes behind the last step that is complete."""
         ends = [place for place, item in enumerate(items) if isinstance(item, StepEnd)]
         n_whole = ends[-1] + 1 if ends else 0
@@ -208,20 +173,16 @@ class Drain:
             self._writer.end_step()
         self._write_items(items[n_whole:], statistics)
 
-    def _write_items(self, items: Sequence[Item], statistics: Mapping[int, Columns]) -> None:
-        by_site: dict[str, list[Values]] = {}
+    def _write_items(self, items: Sequence[Item], statistics: Columns) -> None:
         for item in items:
-            if isinstance(item, Values):
-                by_site.setdefault(item.spec.name, []).append(item)
-            elif isinstance(item, StepStart):
+            if isinstance(item, StepStart):
                 self._write_rows(item.step)
             elif isinstance(item, SiteSpec):
                 self._writer.add_site(item)
             elif isinstance(item, Events):
                 self._writer.write_table("row_events", item.columns)
-        for values in by_site.values():
-            for piece in _pieces(values):
-                self._write_values(piece, statistics)
+        for piece in pieces_of([item for item in items if isinstance(item, Values)]):
+            self._write_piece(piece, statistics)
         for item in items:
             if isinstance(item, StepEnd):
                 self._write_end(item)
@@ -234,33 +195,13 @@ class Drain:
         if step.events is not None:
             self._writer.write_table("row_events", step.events)
 
-    def _write_values(self, piece: Sequence[Values], statistics: Mapping[int, Columns]) -> None:
-        spec, n_rows = piece[0].spec, sum(values.n_rows for values in piece)
-        arrays = [self._array(values) for values in piece]
-        columns = [statistics[values.start] for values in piece] if spec.statistics else []
-        is_own = spec.row_space == "own"
-        self._writer.write(
-            spec.name,
-            arrays[0] if len(arrays) == 1 else np.concatenate(arrays),
-            rows=None
-            if is_own
-            else np.concatenate([values.rows for values in piece if values.rows is not None]),
-            shapes=_shapes(piece) if spec.is_ragged else None,
-            statistics={name: np.concatenate([part[name] for part in columns]) for name in spec.statistics},
-            token_row=np.concatenate([_token_rows(values) for values in piece]) if is_own else None,
-            call=np.repeat([values.call for values in piece], [v.n_rows for v in piece]) if is_own else None,
-        )
-        self._writer.count(spec.name, expected=n_rows)
-        self.written[spec.name] = self.written.get(spec.name, 0) + n_rows
+    def _write_piece(self, piece: Piece, statistics: Columns) -> None:
+        name, n_rows, values = piece.spec.name, piece.n_rows, piece.stored(self._ring)
+        self._writer.write(name, values, statistics=piece.statistics(statistics), **piece.columns())
+        self._writer.count(name, expected=n_rows)
+        self.written[name] = self.written.get(name, 0) + n_rows
         self.n_rows += n_rows
-        self.n_bytes += sum(array.nbytes for array in arrays)
-
-    def _array(self, values: Values) -> npt.NDArray[Any]:
-        """The ring's own memory as the writer wants it."""
-        storage: torch.dtype = getattr(torch, dtype_of_torch(values.dtype).storage)
-        shape = (values.n_rows, *values.shape)
-        array: npt.NDArray[Any] = self._ring.view(values.start, storage, shape).numpy()
-        return array.reshape(-1) if values.spec.is_ragged else array
+        self.n_bytes += values.nbytes
 
     def _write_end(self, end: StepEnd) -> None:
         step = end.step
@@ -287,48 +228,3 @@ def _step_columns(end: StepEnd) -> dict[str, list[Any]]:
         "status": [end.status],
         "reason": [end.reason],
     }
-
-
-def _runs(values: Sequence[Values], ring_bytes: int) -> Iterator[list[Values]]:
-    """Group values that lie one behind the other in memory, without a gap, and have rows of one kind."""
-    run: list[Values] = []
-    for one in values:
-        if run and not (_follows(run[-1], one) and one.start % ring_bytes):
-            yield run
-            run = []
-        run.append(one)
-    if run:
-        yield run
-
-
-def _follows(last: Values, one: Values) -> bool:
-    is_next = one.start == last.start + last.n_rows * math.prod(last.shape) * last.dtype.itemsize
-    return is_next and (one.dtype, one.shape, one.spec.statistics) == (
-        last.dtype,
-        last.shape,
-        last.spec.statistics,
-    )
-
-
-def _pieces(values: Sequence[Values]) -> Iterator[list[Values]]:
-    """Group what one site has given so that small pieces are written together and large ones are not copied."""
-    small: list[Values] = []
-    for one in values:
-        if one.stop - one.start < _PIECE_BYTES:
-            small.append(one)
-            continue
-        if small:
-            yield small
-            small = []
-        yield [one]
-    if small:
-        yield small
-
-
-def _shapes(piece: Sequence[Values]) -> npt.NDArray[np.int32]:
-    shapes = np.array([values.shape for values in piece], np.int32)
-    return np.repeat(shapes, [values.n_rows for values in piece], axis=0)
-
-
-def _token_rows(values: Values) -> _Int64:
-    return np.full(values.n_rows, -1, np.int64) if values.token_row is None else values.token_row

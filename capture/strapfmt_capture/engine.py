@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 import torch
 
 from strapfmt import spec
@@ -88,6 +89,9 @@ class Engine:
                 "sites": {point.site: point.hook_point for point in points},
             },
         )
+        pa.array(
+            [0]
+        )  # pyarrow imports pandas, where there is one, at the first of these: not inside a forward pass
         self._attached = ExitStack()
         self._progress = ProgressLine(self._read_progress, show=progress)
         try:

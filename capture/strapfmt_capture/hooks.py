@@ -28,11 +28,12 @@ import torch
 
 from strapfmt.errors import CaptureError, CompiledModelError, RingFullError
 from strapfmt.schema import SiteSpec
-from strapfmt_capture.drain import Drain, Events, Item, StepEnd, StepStart, Values
+from strapfmt_capture.drain import Drain, Events, Item, StepEnd, StepStart
 from strapfmt_capture.hookpoints import HookPoint
 from strapfmt_capture.placement import Layout, Placement, declare
-from strapfmt_capture.ring import Ring
+from strapfmt_capture.ring import Ring, Slot
 from strapfmt_capture.rows import RowTracker, Step
+from strapfmt_capture.turn import Values
 
 __all__ = ["Hooks", "OnFull", "Tap"]
 
@@ -74,9 +75,11 @@ class Tap:
 
 @dataclass(slots=True, kw_only=True)
 class _OpenStep:
-    """A forward pass under way."""
+    """A forward pass under way; `whole` are the rows of a tensor that begins with the sizes of the `batch`."""
 
     step: Step
+    batch: tuple[int, ...]
+    whole: Placement
     frame: FrameType
     exception: BaseException | None
     is_dropped: bool
@@ -210,6 +213,8 @@ class Hooks:
         self._thread = threading.get_ident()
         self._open = _OpenStep(
             step=step,
+            batch=(step.n_sequences, step.n_query),
+            whole=Placement(n_rows=len(step.rows), index=step.selected, rows=step.rows),
             frame=frame,
             exception=sys.exception(),
             is_dropped=is_dropped,
@@ -271,7 +276,10 @@ class Hooks:
         x = tap.point.read(args, kwargs, output)
         with self._producing:
             layout = tap.layout or self._declare(tap, x, open_step.step)
-            placed = layout.place(x, open_step.step, keeps_last=open_step.keeps_last)
+            if layout.ndim is None and x.dtype is layout.dtype and x.shape == open_step.batch + layout.shape:
+                placed = open_step.whole
+            else:
+                placed = layout.place(x, open_step.step, keeps_last=open_step.keeps_last)
             if layout.ndim is None and tap.last_step == open_step.step.step:
                 raise CaptureError(
                     f"site {tap.point.site!r} at {tap.point.hook_point} fired twice in one forward pass, which would "
@@ -285,7 +293,7 @@ class Hooks:
                 name = layout.spec.name
                 open_step.dropped[name] = open_step.dropped.get(name, 0) + placed.n_rows
             elif placed.n_rows:
-                self._copy(layout, x.detach(), placed, call, open_step)
+                self._copy(layout, x.detach() if x.requires_grad else x, placed, call, open_step)
 
     def _declare(self, tap: Tap, x: torch.Tensor, step: Step) -> Layout:
         tap.layout = declare(
@@ -312,32 +320,47 @@ class Hooks:
                 f"of {self._ring.n_bytes}; raise ring_bytes"
             )
         n_rows = max(self._ring.n_bytes // _PIECE_SHARE // row_bytes, 1)
+        if placed.index is None and placed.n_rows <= n_rows:
+            slot = self._ring.reserve(placed.n_rows * row_bytes)
+            if slot is not None:
+                self._ring.copy_in(slot.start, x)
+                self._publish(layout, x, shape, placed, call, slot, slice(None))
+            return
         index = None if placed.index is None else _index(placed.index, x.device, open_step)
-        flat = None if index is None and placed.n_rows <= n_rows else x.reshape(-1, *shape)
+        flat = x.reshape(-1, *shape)
         for start in range(0, placed.n_rows, n_rows):
             part = slice(start, min(start + n_rows, placed.n_rows))
             slot = self._ring.reserve((part.stop - start) * row_bytes)
             if slot is None:
                 return
-            if flat is None:
-                self._ring.view(slot.start, x.dtype, tuple(x.shape)).copy_(x)
-            else:
-                _fill(self._ring.view(slot.start, x.dtype, (part.stop - start, *shape)), flat, index, part)
-            item = Values(
-                spec=layout.spec,
-                dtype=x.dtype,
-                shape=shape,
-                n_rows=part.stop - start,
-                start=slot.start,
-                stop=slot.stop,
-                rows=None if placed.rows is None else placed.rows[part],
-                token_row=None if placed.token_row is None else placed.token_row[part],
-                call=call,
-            )
-            self._ring.publish(item, slot)
+            _gather(flat, index, part, self._ring.view(slot.start, x.dtype, (part.stop - start, *shape)))
+            self._publish(layout, x, shape, placed, call, slot, part)
+
+    def _publish(
+        self,
+        layout: Layout,
+        x: torch.Tensor,
+        shape: tuple[int, ...],
+        placed: Placement,
+        call: int,
+        slot: Slot,
+        part: slice,
+    ) -> None:
+        start, stop, _ = part.indices(placed.n_rows)
+        values = Values(
+            spec=layout.spec,
+            dtype=x.dtype,
+            shape=shape,
+            n_rows=stop - start,
+            start=slot.start,
+            rows=None if placed.rows is None else placed.rows[part],
+            token_row=None if placed.token_row is None else placed.token_row[part],
+            call=call,
+        )
+        self._ring.publish(values, slot)
 
 
-def _fill(out: torch.Tensor, flat: torch.Tensor, index: torch.Tensor | None, part: slice) -> None:
+def _gather(flat: torch.Tensor, index: torch.Tensor | None, part: slice, out: torch.Tensor) -> None:
     """Copy rows `part`, or those that the index names for it, into ring memory."""
     if index is None:
         out.copy_(flat[part])

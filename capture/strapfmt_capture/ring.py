@@ -11,13 +11,16 @@ queue, which is one operation: a slot that was reserved and never published is s
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from functools import lru_cache
+from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from strapfmt.dtypes import DTYPES
@@ -31,17 +34,18 @@ RING_BYTES = 256 << 20
 # the model's thread a little, and large turns cost less than many small ones.
 _WORTHWHILE_SHARE = 1 / 4
 _WORTHWHILE_BYTES = 8 << 20
-_LINGER_S = 0.05
+_LINGER_S = 0.25
 # A wake-up that an interrupt has swallowed is made good after so long.
 _RECHECK_S = 1.0
 
+# Making a view of the ring and copying to it takes four calls into torch, as long as the copy itself takes up to here.
+_SMALL_BYTES = 64 << 10
 _DTYPES = [dtype.torch for dtype in DTYPES.values()]
 
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """Memory of a ring, from one position to another; contiguous, its start a multiple of 64 bytes in memory."""
 
     start: int
@@ -78,8 +82,10 @@ class Ring(Generic[Item]):
         with torch.inference_mode(False):
             memory = torch.empty(self.n_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
             start = -memory.data_ptr() % ALIGNMENT_BYTES
-            self._memory = memory[start : start + self.n_bytes]
-            self._typed = {dtype: self._memory.view(dtype) for dtype in _DTYPES}
+            usable = memory[start : start + self.n_bytes]
+            self._typed = {dtype: usable.view(dtype) for dtype in _DTYPES}
+            self._address = usable.data_ptr()
+            self._bytes = usable.numpy() if usable.device.type == "cpu" else np.empty(0, np.uint8)
         self._worthwhile_bytes = min(_WORTHWHILE_BYTES, int(self.n_bytes * _WORTHWHILE_SHARE))
         self._items: deque[tuple[Item, int]] = deque()
         self._taken = 0
@@ -114,9 +120,20 @@ class Ring(Generic[Item]):
         torch.Tensor, shape `shape`
             The ring's own memory; valid until the slot is released.
         """
-        typed = self._typed[dtype]
-        first = start % self.n_bytes // dtype.itemsize
-        return typed[first : first + math.prod(shape)].view(shape)
+        return self._typed[dtype].as_strided(shape, _strides(shape), start % self.n_bytes // dtype.itemsize)
+
+    def copy_in(self, start: int, x: torch.Tensor) -> None:
+        """Copy `x` to position `start`, contiguous."""
+        if x.nbytes <= _SMALL_BYTES and x.is_cpu and x.is_contiguous() and not x.is_neg():
+            ctypes.memmove(self._address + start % self.n_bytes, x.data_ptr(), x.nbytes)
+        else:
+            self.view(start, x.dtype, tuple(x.shape)).copy_(x)
+
+    def array(self, start: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """Return the memory from position `start` as a contiguous NumPy array, as `view` does; in host memory."""
+        first = start % self.n_bytes
+        flat = self._bytes[first : first + math.prod(shape) * dtype.itemsize]
+        return flat.view(dtype).reshape(shape)
 
     # The producer's side.
 
@@ -171,15 +188,18 @@ class Ring(Generic[Item]):
         ----------
         max_bytes : int
         wait : bool
-            Whether to wait until there is something worth taking.
+            Whether to wait for something worth taking: a good part of the ring, whatever there is after a quarter of a
+            second, or anything while a producer waits for space.
 
         Returns
         -------
         list
-            Empty if there is nothing: at once without `wait`, else only after `close` or `abort`.
+            Empty if there is nothing worth taking: at once without `wait`, else only after `close` or `abort`.
         """
         if wait:
             self._wait_for_items()
+        elif not self._is_worthwhile():
+            return []
         with self._lock:
             self._is_pressed = False
             taken: list[Item] = []
@@ -266,6 +286,12 @@ class _Signal:
 
     def wait(self, timeout_s: float) -> None:
         self._lock.acquire(timeout=timeout_s)
+
+
+@lru_cache(maxsize=1024)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _aligned(n_bytes: int) -> int:
