@@ -142,7 +142,7 @@ class Site(ShardedRows):
         if copy is False:
             raise ViewError(
                 f"site {self.name!r}: {self.n_rows} rows in {self.n_batches} record batches with codec {self.codec!r} "
-                "are no one contiguous body; use views(), or tensor() for one copy"
+                f"are no one contiguous body; {'use views(), or ' if self.codec == 'none' else ''}tensor() for one copy"
             )
         return self._copy(0, self.n_rows)
 

@@ -165,6 +165,13 @@ def test_every_how_to_has_code_that_runs_and_stands_in_the_index() -> None:
     assert [page.name for page in HOW_TO if not any(blocks(page))] == []
 
 
+def test_every_public_name_is_documented() -> None:
+    text = "".join(page.read_text("utf-8") for page in [*ON_THEIR_OWN, *HOW_TO])
+    named = set(re.findall(r"strapfmt\.(\w+)|`(\w+Error)`", text))
+    names = {name for pair in named for name in pair} | {"Dataset", "__version__"}  # what open() returns
+    assert sorted(set(strapfmt.__all__) - names) == []
+
+
 def test_block_that_does_not_run_says_why() -> None:
     pages = [*ON_THEIR_OWN, *HOW_TO]
     infos = [fence["info"].split() for page in pages for fence in _FENCE.finditer(page.read_text("utf-8"))]
