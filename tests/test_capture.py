@@ -132,6 +132,23 @@ def test_a_model_compiled_after_the_check_is_refused_on_entry(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", ["", "second"])
+def test_a_model_compiled_inside_is_refused(part: str, tmp_path: Path) -> None:
+    model = Layers()
+
+    def body() -> None:
+        model.get_submodule(part).compile(backend="eager")
+        model(torch.zeros(2, 4))
+
+    with (
+        pytest.raises(CompiledModelError, match=r"under torch\.compile"),
+        strapfmt.capture(model, tmp_path / "x.strap", sites=["first", "second"], quiet=True),
+    ):
+        body()
+    torch._dynamo.reset()
+
+
 def test_an_existing_dataset_is_kept_replaced_or_continued(tmp_path: Path) -> None:
     model, path = tiny_model("gpt2"), tmp_path / "x.strap"
 
@@ -620,6 +637,20 @@ def test_the_report_is_live_and_complete(tmp_path: Path) -> None:
     assert "logits" in str(report)
     assert "cuda" not in str(report)
     assert json.loads(json.dumps(report.to_dict()))["sites"][1]["written"] == 4
+
+
+@pytest.mark.gpu
+def test_a_model_on_a_gpu_is_captured_by_plain_copies_and_the_report_says_so(tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16).to("cuda")
+    inputs = {
+        "input_ids": IDS.repeat(2, 1).cuda(),
+        "attention_mask": torch.tensor([[0, 1, 1, 1], [1] * 4]).cuda(),
+    }
+    with strapfmt.capture(model, tmp_path / "x.strap", sites="blocks.*.resid_post", quiet=True) as cap:
+        hidden = model(**inputs, output_hidden_states=True).hidden_states[1]
+    found = Reader(tmp_path / "x.strap")["blocks.0.resid_post"].tensor()
+    assert torch.equal(found, hidden[inputs["attention_mask"].bool()].cpu())
+    assert "values on cuda:0 came to host memory by plain copies" in str(cap.report)
 
 
 def test_estimates_before_and_inside_match_what_is_written(tmp_path: Path) -> None:

@@ -44,7 +44,15 @@ _PIECE_SHARE = 8
 # When a step begins and more than this share is in use, the ring counts as full: the rest is for the step itself.
 _FULL_SHARE = 1 / 2
 _REASON_CHARS = 500
+# What compiles the Python frames of this thread; asking must not import the compiler.
+_frame_compiler: Callable[[], object] = getattr(
+    torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None
+)
 _NO_KWARGS: dict[str, Any] = {}
+_COMPILED = (
+    "the model runs under torch.compile, where hooks are not run reliably; capture first and compile afterwards, or "
+    "capture a copy that is not compiled"
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -169,6 +177,8 @@ class Hooks:
     # Steps.
 
     def _enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _is_compiled():
+            raise CompiledModelError(_COMPILED)
         if _in_backward():
             return
         # The frame of the call itself: as long as it is on the stack, that call is not over.
@@ -177,10 +187,6 @@ class Hooks:
             if self._is_inside(frame):
                 return
             self._end(self._open, "abandoned", "interrupted")
-        if torch.compiler.is_compiling():
-            raise CompiledModelError(
-                f"cannot capture {type(module).__name__} under torch.compile, where hooks are not run reliably"
-            )
         self._drain.check()
         is_full = self._on_full != "block" and self._ring.n_used > self._ring.n_bytes * _FULL_SHARE
         if is_full and self._on_full == "raise":
@@ -265,6 +271,8 @@ class Hooks:
         return hook
 
     def _fire(self, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if _is_compiled():
+            raise CompiledModelError(_COMPILED)
         open_step = self._open
         if open_step is None:
             if _in_backward():
@@ -377,6 +385,11 @@ def _index(index: npt.NDArray[np.int64], device: torch.device, open_step: _OpenS
     if device not in open_step.index:
         open_step.index[device] = torch.from_numpy(index).to(device)
     return open_step.index[device]
+
+
+def _is_compiled() -> bool:
+    """Whether this runs below torch.compile, be it while that traces or while it falls back to Python."""
+    return _frame_compiler() not in (None, False) or torch.compiler.is_compiling()
 
 
 def _in_backward() -> bool:
