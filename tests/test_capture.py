@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import re
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -579,6 +581,33 @@ def test_another_thread_may_run_the_model_alone(tmp_path: Path) -> None:
             thread.start()
             thread.join()
     assert Reader(tmp_path / "x.strap")["logits"].n_rows == 8
+
+
+def test_a_forked_process_that_runs_the_model_is_refused_and_harms_nothing(tmp_path: Path) -> None:
+    model = Layers()
+    with strapfmt.capture(model, tmp_path / "x.strap", sites="first", quiet=True) as cap:
+        model(torch.zeros(2, 4))
+        child = os.fork()
+        if child == 0:
+            try:
+                model(torch.zeros(2, 4))
+            except CaptureError as error:
+                cap.__exit__(None, None, None)
+                os._exit(7 if "forked" in str(error) and not model.first._forward_hooks else 8)
+            os._exit(9)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        model(torch.zeros(2, 4))
+    assert Reader(tmp_path / "x.strap")["first"].n_rows == 4
+
+
+def test_the_ring_is_given_back_at_the_end(tmp_path: Path) -> None:
+    model = Layers()
+    with strapfmt.capture(model, tmp_path / "x.strap", sites="first", quiet=True) as cap:
+        model(torch.zeros(2, 4))
+        memory = weakref.ref(cap._engine.ring._bytes)
+        assert memory() is not None
+    assert memory() is None
+    assert cap.report.n_rows == 2
 
 
 # Several captures.

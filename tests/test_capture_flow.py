@@ -71,6 +71,7 @@ def assert_consistent(reader: Reader) -> None:
         assert set(rows) <= set(numbers) - dropped
         expected = torch.tensor([numbers[row] + offset for row in rows], dtype=torch.float32)
         assert torch.equal(reader[name].tensor(), expected[:, None].expand(len(rows), WIDTH))
+        assert reader[name].to_arrow(["abs_max"])["abs_max"].to_pylist() == expected.tolist()
 
 
 @pytest.fixture
@@ -282,7 +283,7 @@ def test_a_failing_disk_is_raised_at_the_end_at_the_latest(
 
     with pytest.raises(DrainError, match="No space left"), cap:
         body()
-    assert "x.strap" in capsys.readouterr().err
+    assert "writing FAILED" in capsys.readouterr().err
     assert len(Reader(tmp_path / "x.strap").tokens) == 0
 
 

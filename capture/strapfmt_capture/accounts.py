@@ -116,6 +116,8 @@ class CaptureReport:
             f"{visible(str(self.path))}: {self.n_rows} rows of {len(self.sites)} sites from {self.n_tokens} tokens "
             f"({size_text(self.n_bytes)}), {self.n_dropped} dropped"
         )
+        if self.state == "failed":
+            line += "; writing FAILED, and only what was committed before is there"
         if self.n_dropped:
             where = [visible(site.name) for site in self.sites if site.dropped]
             more = f" and {len(where) - 3} more" if len(where) > 3 else ""

@@ -109,6 +109,11 @@ class Drain:
                 "read, and mode='append' goes on behind it"
             ) from self._failure
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread runs, which it may still do after `abort` if the disk hangs."""
+        return self._thread.is_alive()
+
     def finish(self, provenance: Mapping[str, Any] | None = None) -> None:
         """Write what is left, close the writer, and end the thread.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -125,6 +126,9 @@ class Engine:
 
     def close(self, error: BaseException | None) -> None:
         """Take the hooks off, write what is left and close the dataset; raise DrainError if that fails."""
+        if os.getpid() != self.hooks.process:
+            self._attached.close()  # the rest belongs to the process that this one was forked from
+            return
         try:
             with self._attached:
                 self.hooks.finish(error)
@@ -135,6 +139,8 @@ class Engine:
             self.drain.finish(self._outcome())
         finally:
             self._progress.__exit__(None, None, None)
+            if not self.drain.is_alive:
+                self.ring.free()
 
     def _outcome(self) -> dict[str, Any]:
         return {

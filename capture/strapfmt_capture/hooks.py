@@ -13,6 +13,7 @@ exception.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import threading
 import time
@@ -137,6 +138,7 @@ class Hooks:
         self.n_steps, self.n_dropped_steps, self.n_abandoned_steps, self.n_tokens = 0, 0, 0, 0
         self._ring, self._drain, self._tracker = ring, drain, tracker
         self._on_full, self._codec, self._statistics, self._known = on_full, codec, statistics, known
+        self.process = os.getpid()
         self._open: _OpenStep | None = None
         self._thread = 0
         # A model that runs parts of itself in several threads fires sites in all of them.
@@ -181,6 +183,11 @@ class Hooks:
             raise CompiledModelError(_COMPILED)
         if _in_backward():
             return
+        if os.getpid() != self.process:
+            raise CaptureError(
+                "a process that was forked inside the capture runs the captured model, and nothing drains it there; "
+                "run the model in the process that captures, or start the other one before"
+            )
         # The frame of the call itself: as long as it is on the stack, that call is not over.
         frame = sys._getframe(1)
         if self._open is not None:

@@ -168,6 +168,10 @@ class Ring(Generic[Item]):
         if wakes:
             self._work.set()
 
+    def free(self) -> None:
+        """Give the memory back; nothing but the counts may be asked for afterwards."""
+        self._typed, self._bytes = {}, np.empty(0, np.uint8)
+
     def close(self) -> None:
         """Say that nothing more will be published."""
         self._is_closed = True
