@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.formats import remove
-from benchmarks.measure import DISK_REPEATS, Case, Report, Settings, in_rounds, scratch
+from benchmarks.measure import DISK_REPEATS, Case, Report, Settings, filesystem, in_rounds, scratch
 from benchmarks.workloads import SITE, activations, drop_cached, n_bytes_below, some_ordinals, store
 from strapfmt.reader import Reader
 from strapfmt.spec import BATCH_TARGET_BYTES
@@ -40,7 +40,7 @@ def measure(settings: Settings) -> Report:
                 run=lambda: store(path, x, batch_bytes=size), after=lambda: remove(path), repeats=DISK_REPEATS
             )
 
-        seconds = in_rounds({name: write(size) for size, name in names.items()}, settings.rounds)
+        seconds = in_rounds({name: write(size) for size, name in names.items()}, settings)
         report.add("durable write", seconds, reference=reference, n_bytes=n_bytes, is_rate=True)
         for size, path in paths.items():
             store(path, x, batch_bytes=size)
@@ -53,7 +53,7 @@ def measure(settings: Settings) -> Report:
             names[size]: Case(run=lambda site=site: site.gather(ordinals, out=out))
             for size, site in sites.items()
         }
-        seconds = in_rounds(gathers, settings.rounds * 5)
+        seconds = in_rounds(gathers, settings, more=5)
         report.add("warm gather", seconds, reference=reference, n_bytes=out.nbytes)
         del sites, gathers
 
@@ -63,8 +63,9 @@ def measure(settings: Settings) -> Report:
 
             return Case(run=run, before=lambda: drop_cached(paths[size]) if is_cold else None)
 
-        for is_cold in (False, True):
+        in_memory = filesystem(settings.directory) == "tmpfs"  # never cold
+        for is_cold in (False,) if in_memory else (False, True):
             cases = {name: one_row(size, is_cold=is_cold) for size, name in names.items()}
-            seconds = in_rounds(cases, settings.rounds)
+            seconds = in_rounds(cases, settings)
             report.add(f"one row, checked, {'cold' if is_cold else 'warm'}", seconds, reference=reference)
     return report

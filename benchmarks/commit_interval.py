@@ -42,7 +42,7 @@ def measure(settings: Settings) -> Report:
                 what = "until it is durable" if is_durable else "until the call returns"
                 run = _one_commit(directory / "d.strap", x[:n_rows], n_sites, is_durable=is_durable)
                 cases[f"{n_rows} rows a site wait, {what}"] = Case(run=run)
-        seconds = in_rounds(cases, settings.rounds)
+        seconds = in_rounds(cases, settings)
         half = f"{_BATCH_ROWS // 2} rows a site wait, until it is durable"
         report.add("one commit", seconds, reference=half)
         cost = float(np.median(seconds[half]))
@@ -59,7 +59,7 @@ def measure(settings: Settings) -> Report:
         }
         report.add(
             "writing as fast as it goes, 8 sites, with commits",
-            in_rounds(streams, settings.rounds),
+            in_rounds(streams, settings),
             reference="one, at the end",
             n_bytes=n_rows * settings.size(8, 2) * _WIDTH * 2,
             is_rate=True,

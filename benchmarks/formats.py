@@ -90,9 +90,11 @@ class _OpenedStrapfmt:
             for batch in self._site.scan(["activation"]):
                 at = _copy(batch.column(0).flatten(), out, at)
             return
+        at = 0
         for view in self._site.views():
-            rows = view.tensor.shape[0] * view.tensor.shape[1]
-            out[view.first_ordinal : view.first_ordinal + rows].view(view.tensor.shape).copy_(view.tensor)
+            for batch in view.tensor:
+                out[at : at + len(batch)].copy_(batch)
+                at += len(batch)
 
     def gather(self, ordinals: Ordinals, out: torch.Tensor) -> None:
         self._site.gather(ordinals, out=out)

@@ -24,6 +24,7 @@ __all__ = [
     "Question",
     "Report",
     "Settings",
+    "filesystem",
     "in_rounds",
     "is_installed",
     "machine",
@@ -33,7 +34,7 @@ __all__ = [
 #: Runs in a row of anything that fills the page cache. On a virtual machine, memory that has lain free for two seconds
 #: may belong to the host again, and the first to touch it waits for it: a write then runs at a tenth of its speed.
 #: Which run that meets is chance; the quickest of a few in a row has found the memory of those before it.
-DISK_REPEATS = 4
+DISK_REPEATS = 3
 
 _PACKAGES = (
     "strapfmt",
@@ -184,8 +185,17 @@ class Report:
 Question = Callable[[Settings], Report]
 
 
-def in_rounds(cases: Mapping[str, Case], rounds: int, *, warm_up: bool = True) -> dict[str, list[float]]:
+def in_rounds(
+    cases: Mapping[str, Case], settings: Settings, *, more: int = 1, warm_up: bool = True
+) -> dict[str, list[float]]:
     """Time all `cases` once a round, in an order that rotates, so that drift of the machine meets all alike.
+
+    Parameters
+    ----------
+    more : int
+        So many times the rounds of the settings, for cases that take milliseconds.
+    warm_up : bool
+        Run a round that is not counted first.
 
     Returns
     -------
@@ -194,10 +204,11 @@ def in_rounds(cases: Mapping[str, Case], rounds: int, *, warm_up: bool = True) -
     """
     names = list(cases)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(-1 if warm_up else 0, rounds):
+    is_quick = settings.is_quick
+    for number in range(-1 if warm_up and not is_quick else 0, settings.rounds * (1 if is_quick else more)):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            taken = min(_time(cases[name]) for _ in range(cases[name].repeats))
+            taken = min(_time(cases[name]) for _ in range(1 if is_quick else cases[name].repeats))
             if number >= 0:
                 seconds[name].append(taken)
     return seconds
@@ -251,7 +262,7 @@ def machine(directory: Path) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "kernel": platform.release(),
-        "filesystem": _filesystem(directory),
+        "filesystem": filesystem(directory),
         "load": round(os.getloadavg()[0], 2),
     }
 
@@ -265,7 +276,7 @@ def _cpu_model() -> str:
     return f"{facts.get('model name', platform.processor())} ({family})"
 
 
-def _filesystem(directory: Path) -> str:
+def filesystem(directory: Path) -> str:
     """Return the type of the file system that holds `directory`."""
     best, kind = "", "?"
     target = str(directory.resolve())

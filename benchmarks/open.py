@@ -44,7 +44,7 @@ def measure(settings: Settings) -> Report:
             _store(many, n_batches, shard_bytes=_shard_bytes(one, n_batches))
             cases["strapfmt, many shards"] = Case(run=_opens(many))
             cases["strapfmt, many shards, and a first row"] = Case(run=_takes(many, n_batches))
-            seconds = in_rounds(cases, settings.rounds * 3)
+            seconds = in_rounds(cases, settings, more=3)
             report.add(f"{n_batches:,} record batches", seconds, reference="map the file")
             report.facts[f"n_shards, {n_batches:,}"] = len(list((many / "rank-00000/sites").rglob("*.arrow")))
     return report

@@ -50,7 +50,7 @@ def measure(settings: Settings) -> Report:
                 },
                 "torch on float32 in memory": _checked(lambda: float((native @ query).max()), largest),
             }
-            seconds = in_rounds(cases, settings.rounds * 2)
+            seconds = in_rounds(cases, settings, more=2)
             report.add("inner product", seconds, reference="DuckDB on float32 in memory")
             norm = float(x.float().norm(dim=1).max())
             norms = {
@@ -63,7 +63,7 @@ def measure(settings: Settings) -> Report:
                 ),
                 "strapfmt, bfloat16, opened anew": _checked(_anew(stored["bfloat16"]), norm),
             }
-            seconds = in_rounds(norms, settings.rounds * 2)
+            seconds = in_rounds(norms, settings, more=2)
             report.add("largest norm", seconds, reference="DuckDB on float32 in memory")
             for dataset in opened.values():
                 dataset.close()

@@ -78,7 +78,7 @@ def measure(settings: Settings) -> Report:
                 name: Case(run=run, after=lambda: remove(path), repeats=DISK_REPEATS)
                 for name, run in cases.items()
             },
-            settings.rounds,
+            settings,
         )
     n_bytes = n_steps * x.numel() * x.element_size()
     report.add("decoding steps", seconds, reference="raw buffers", n_bytes=n_bytes, is_rate=True)

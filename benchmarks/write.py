@@ -21,7 +21,7 @@ _WRITEBACK_BYTES = 8 << 20
 
 def measure(settings: Settings) -> Report:
     """Write one bfloat16 matrix in every way."""
-    n_rows = settings.size(65_536, 2_048)
+    n_rows = settings.size(131_072, 2_048)
     x = activations(n_rows, _WIDTH)
     n_bytes = x.numel() * x.element_size()
     report = Report(
@@ -47,14 +47,12 @@ def measure(settings: Settings) -> Report:
             cases[name] = _case(format_, directory / f"{number}{suffix}", x)
         report.add(
             "durable write",
-            in_rounds(cases, settings.rounds),
+            in_rounds(cases, settings),
             reference="raw write",
             n_bytes=n_bytes,
             is_rate=True,
         )
-        report.add(
-            "limits", in_rounds(_limits(x), settings.rounds), reference="copy in memory", n_bytes=n_bytes
-        )
+        report.add("limits", in_rounds(_limits(x), settings), reference="copy in memory", n_bytes=n_bytes)
         report.facts["size_ratio"] = {
             name: _size(format_, directory / "size.strap", x) / n_bytes
             for name, format_ in ours.items()
