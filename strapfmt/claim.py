@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 import uuid
@@ -13,7 +14,7 @@ from strapfmt.commit import Disk, Lock
 from strapfmt.errors import ArgumentError, DatasetExistsError, DatasetNotFoundError, UnsupportedError
 from strapfmt.manifest import Manifest
 
-__all__ = ["check_writable", "claim_rank"]
+__all__ = ["check_writable", "claim_rank", "rank_from_environment"]
 
 
 def claim_rank(disk: Disk, path: Path, rank: int | None, mode: str) -> tuple[Lock, Manifest]:
@@ -70,11 +71,11 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def check_writable(path: str | Path, *, rank: int | None = None, mode: str = "create") -> None:
-    """Check, touching nothing, that a writer could be opened.
+    """Check, changing nothing, that a writer could be opened.
 
     Raises
     ------
-    ArgumentError, DatasetExistsError, DatasetNotFoundError
+    ArgumentError, DatasetExistsError, DatasetNotFoundError, WriterConflictError
     """
     path = Path(path)
     if mode not in ("create", "overwrite", "append"):
@@ -86,10 +87,24 @@ def check_writable(path: str | Path, *, rank: int | None = None, mode: str = "cr
     root = path / spec.RANK_DIRECTORY.format(rank=rank or 0)
     if mode == "append" and not (root / spec.MANIFEST_NAME).exists() and (rank is None or not path.is_dir()):
         raise DatasetNotFoundError(f"{path}: no dataset to append to; use mode='create'")
-    if path.exists() and not _is_dataset(path):
-        raise DatasetExistsError(f"{path}: exists and is no strapfmt dataset; it is never overwritten")
+    _check_directory(path, mode)
     if mode == "create" and (root.exists() or (rank is None and path.exists() and any(path.iterdir()))):
+        if (root / spec.LOCK_NAME).exists():
+            Lock(root).release()
         raise DatasetExistsError(_exists_message(path, rank or 0))
+
+
+def rank_from_environment() -> int | None:
+    """Return the number of this process that torchrun gave it, None if it runs alone."""
+    text = os.environ.get("RANK")
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentError(
+            f"environment variable RANK: expected a number, got {text!r}; pass rank="
+        ) from None
 
 
 def _exists_message(path: Path, rank: int) -> str:
@@ -100,10 +115,18 @@ def _exists_message(path: Path, rank: int) -> str:
     )
 
 
-def _is_dataset(path: Path) -> bool:
-    return path.is_dir() and all(
-        entry.name.startswith("rank-") and entry.is_dir() for entry in path.iterdir()
-    )
+def _check_directory(path: Path, mode: str) -> None:
+    """Refuse to write into what is no dataset, and to delete what does not belong to one."""
+    if not path.exists():
+        return
+    entries = list(path.iterdir()) if path.is_dir() else [path]
+    others = [entry.name for entry in entries if not (entry.name.startswith("rank-") and entry.is_dir())]
+    if len(others) == len(entries) > 0:
+        raise DatasetExistsError(f"{path}: exists and is no strapfmt dataset; it is never overwritten")
+    if others and mode == "overwrite":
+        raise DatasetExistsError(
+            f"{path}: {others[0]!r} in it is no part of the dataset; move it away to overwrite"
+        )
 
 
 def _remove(disk: Disk, directory: Path, dataset: Path) -> None:

@@ -108,9 +108,13 @@ class Reader:
         first = next(iter(entries.values()))
         problem = _unknown(first.spec)
         for rank, entry in entries.items():
-            same = (entry.spec.dtype, entry.spec.shape, entry.spec.row_space, entry.spec.statistics)
-            if same != (first.spec.dtype, first.spec.shape, first.spec.row_space, first.spec.statistics):
-                problem = f"rank {rank} declares {entry.spec}, another rank {first.spec}"
+            for field in ("dtype", "shape", "row_space", "statistics"):
+                here, there = getattr(entry.spec, field), getattr(first.spec, field)
+                if here != there:
+                    problem = (
+                        f"its {field} is {there} in rank {next(iter(entries))} and {here} in rank {rank}, so the ranks "
+                        f"are no one tensor; open one rank's files with an Arrow reader, or capture again"
+                    )
             if entry.derived_from:
                 problem = (
                     f"it is derived from {', '.join(entry.derived_from)}, which this version cannot compute"

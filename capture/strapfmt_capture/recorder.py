@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from strapfmt import spec
+from strapfmt.claim import rank_from_environment
 from strapfmt.codecs import get_codec
 from strapfmt.errors import ArgumentError, StrapfmtError
 from strapfmt.schema import SiteSpec
@@ -56,7 +57,8 @@ def create(
     path : path
         A directory whose name ends in `.strap`.
     rank : int, optional
-        This process's number among several that write one dataset. None: the only writer.
+        This process's number among several that write one dataset. None: that of the environment variable `RANK`,
+        which torchrun sets; without it, the only writer.
     mode : {"create", "overwrite", "append"}
     codec : str
         "none", "lz4" or "zstd".
@@ -92,7 +94,7 @@ def create(
     }
     writer = DatasetWriter(
         path,
-        rank=rank,
+        rank=rank_from_environment() if rank is None else rank,
         mode=mode,
         codec=codec,
         batch_bytes=batch_bytes,

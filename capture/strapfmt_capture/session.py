@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Self
 import torch
 
 from strapfmt import spec
-from strapfmt.claim import check_writable
+from strapfmt.claim import check_writable, rank_from_environment
 from strapfmt.errors import ArgumentError, CaptureError, DrainError, SiteNeverFiredError
 from strapfmt.writer import COMMIT_INTERVAL_S
 from strapfmt_capture.accounts import CaptureReport, Estimate, SiteAccount, estimate
@@ -23,7 +22,7 @@ from strapfmt_capture.ring import RING_BYTES
 from strapfmt_capture.sites import check_not_compiled, describe, resolve, row_modules
 from strapfmt_capture.statistics import check_statistics
 
-__all__ = ["Capture", "Mode", "capture", "rank_from_environment"]
+__all__ = ["Capture", "Mode", "capture"]
 
 
 def capture(
@@ -132,19 +131,6 @@ def capture(
     return Capture(
         model, Path(path), sites, options, tokenizer=tokenizer, tags=tags, progress=progress, quiet=quiet
     )
-
-
-def rank_from_environment() -> int | None:
-    """Return the number of this process that torchrun gave it, None if it runs alone."""
-    text = os.environ.get("RANK")
-    if text is None:
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise ArgumentError(
-            f"environment variable RANK: expected a number, got {text!r}; pass rank="
-        ) from None
 
 
 class Capture:
