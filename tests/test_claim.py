@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 import strapfmt
 from strapfmt.claim import check_writable
 from strapfmt.errors import ArgumentError, DatasetExistsError, UnsupportedError, WriterConflictError
@@ -17,7 +18,7 @@ def test_a_rank_being_written_is_a_conflict_and_not_advice_to_overwrite(tmp_path
         for mode in ("create", "overwrite", "append"):
             with pytest.raises(WriterConflictError, match="is writing here"):
                 DatasetWriter(path, mode=mode)
-    with pytest.raises(DatasetExistsError, match="overwrite=True.*mode='append'"):
+    with pytest.raises(DatasetExistsError, match=r"overwrite=True.*mode='append'"):
         DatasetWriter(path)
 
 
