@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from strapfmt.manifest import Counts, Layout, Shard, SiteEntry, TableEntry
 from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, site_schema
 from strapfmt.shard import RowBatch, ShardWriter
 
-__all__ = ["ShardSeries", "SiteWriter", "TableWriter"]
+__all__ = ["BufferPool", "ShardSeries", "SiteWriter", "TableWriter"]
 
 Array = npt.NDArray[Any]
 
@@ -126,19 +127,36 @@ class ShardSeries:
         self._superseded += writer.superseded
 
 
-class _BufferPool:
-    """Batch buffers of one site; a new one costs page faults, a used one does not."""
+class BufferPool:
+    """Batch buffers that all sites of a writer share; a new one costs page faults, a used one does not.
 
-    def __init__(self, n_values: int, dtype: np.dtype[Any]) -> None:
-        self._n_values, self._dtype = n_values, dtype
-        self._free: list[Array] = []
+    Buffers are given back on the I/O thread.
 
-    def take(self) -> Array:
-        return self._free.pop() if self._free else np.empty(self._n_values, self._dtype)
+    Parameters
+    ----------
+    limit_bytes : int
+        Keep at most so many bytes for the next one who asks.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes, self._free_bytes = limit_bytes, 0
+        self._free: dict[int, list[Array]] = {}
+        self._changing = threading.Lock()
+
+    def take(self, n_bytes: int) -> Array:
+        """Return a buffer, uint8 [n_bytes]."""
+        with self._changing:
+            if free := self._free.get(n_bytes):
+                self._free_bytes -= n_bytes
+                return free.pop()
+        return np.empty(n_bytes, np.uint8)
 
     def give(self, buffer: Array) -> None:
-        if len(self._free) < 2:
-            self._free.append(buffer)
+        """Take a buffer back."""
+        with self._changing:
+            if self._free_bytes + buffer.nbytes <= self._limit_bytes:
+                self._free.setdefault(buffer.nbytes, []).append(buffer)
+                self._free_bytes += buffer.nbytes
 
 
 @dataclass(slots=True)
@@ -165,6 +183,7 @@ class SiteWriter:
         The last row number used, -1 for none.
     batch_bytes : int
         Bound of a batch of a ragged site; others hold `layout.batch_rows` rows.
+    pool : BufferPool
     """
 
     def __init__(
@@ -176,6 +195,7 @@ class SiteWriter:
         counts: Counts,
         last_row: int,
         batch_bytes: int,
+        pool: BufferPool,
     ) -> None:
         self.site, self.layout = site, layout
         self.schema = site_schema(site)
@@ -184,11 +204,8 @@ class SiteWriter:
         self.expected, self.written, self.dropped = counts.expected, counts.written, counts.dropped
         self.last_row = last_row
         self._pending = _Pending()
-        self._pool = (
-            None
-            if site.is_ragged
-            else _BufferPool(layout.batch_rows * site.row_values, site.stored_dtype.numpy)
-        )
+        self._pool = pool
+        #: Of `layout.batch_rows` rows, uint8; the pending ones lie at its beginning.
         self._buffer: Array | None = None
 
     def write(
@@ -255,11 +272,10 @@ class SiteWriter:
 
     def _keep(self, values: Array, columns: dict[str, Array]) -> None:
         if self._buffer is None:
-            if self._pool is None:
-                raise AssertionError("a ragged site keeps no buffer")
-            self._buffer = self._pool.take()
-        start, width = self._pending.n_rows, self.site.row_values
-        self._buffer[start * width : (start + len(values)) * width] = values.reshape(-1)
+            self._buffer = self._pool.take(self.layout.batch_rows * self.site.row_bytes)
+        start, width = self._pending.n_rows, self.site.row_bytes
+        target = self._buffer[start * width : (start + len(values)) * width]
+        target.view(values.dtype)[:] = values.reshape(-1)
         self._pending.columns.append(columns)
         self._pending.n_rows += len(values)
 
@@ -271,7 +287,8 @@ class SiteWriter:
             return self._batch(np.concatenate(pending.values), pending.columns, None)
         if self._buffer is None:
             raise AssertionError("pending rows lie in a buffer")
-        return self._batch(self._buffer[: pending.n_rows * self.site.row_values], pending.columns, None)
+        values = self._buffer[: pending.n_rows * self.site.row_bytes].view(self.site.stored_dtype.numpy)
+        return self._batch(values, pending.columns, None)
 
     def _emit(self) -> None:
         buffer, pool = self._buffer, self._pool
@@ -279,7 +296,7 @@ class SiteWriter:
         if batch is None:
             raise AssertionError("nothing to emit")
         self._pending, self._buffer = _Pending(), None
-        if buffer is not None and pool is not None:
+        if buffer is not None:
             batch = RowBatch(
                 batch=batch.batch, rows=batch.rows, n_values=batch.n_values, release=lambda: pool.give(buffer)
             )

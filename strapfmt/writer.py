@@ -26,7 +26,7 @@ from strapfmt.layout import body_alignment, plan_layout
 from strapfmt.manifest import COUNTERS, Counts, Layout, Manifest, Shard, SiteEntry, file_slug
 from strapfmt.row_checks import check_columns, check_values
 from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, site_schema, with_session
-from strapfmt.site_writer import ShardSeries, SiteWriter, TableWriter
+from strapfmt.site_writer import BufferPool, ShardSeries, SiteWriter, TableWriter
 
 __all__ = ["COMMIT_INTERVAL_S", "DatasetWriter", "SiteCount", "WriteSummary"]
 
@@ -134,7 +134,7 @@ class DatasetWriter:
         self._process = os.getpid()
         self._last_commit = time.monotonic()
         self._commits_done = self._manifest.commit
-        self._io = IoThread(_QUEUE_BYTES)
+        self._io, self._pool = IoThread(_QUEUE_BYTES), BufferPool(_QUEUE_BYTES)
         try:
             self._publish_first()
         except BaseException:
@@ -336,6 +336,7 @@ class DatasetWriter:
             counts=entry.counts if entry else Counts(),
             last_row=_last_row(entry),
             batch_bytes=self._batch_bytes,
+            pool=self._pool,
         )
 
     def _table(self, name: str) -> TableWriter:
