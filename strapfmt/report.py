@@ -1,4 +1,4 @@
-"""Accounts of a dataset, for people and programs: what is stored, what `verify` found, what `repair` rescued."""
+"""Accounts of a dataset, for people and programs: what was written, is stored, was found wrong, was rescued."""
 
 import time
 from collections.abc import Mapping
@@ -12,12 +12,45 @@ __all__ = [
     "RankReport",
     "RepairReport",
     "Report",
+    "SiteCount",
     "SiteRepair",
     "SiteReport",
     "VerifyReport",
+    "WriteSummary",
     "shape_text",
     "size_text",
 ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteCount:
+    """Rows of one site that should have been, were, and were not written because the ring was full."""
+
+    expected: int
+    written: int
+    dropped: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteSummary:
+    """What a writer has done so far.
+
+    Attributes
+    ----------
+    path : Path
+    n_rows : int
+        Rows written, summed over sites.
+    n_bytes : int
+        Bytes of activations handed over, before any codec.
+    n_commits : int
+    sites : dict of str to SiteCount
+    """
+
+    path: Path
+    n_rows: int
+    n_bytes: int
+    n_commits: int
+    sites: dict[str, SiteCount]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

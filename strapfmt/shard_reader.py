@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,13 +13,10 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from strapfmt import spec
-from strapfmt.arrowfile import decoded_bytes, digest
-from strapfmt.codecs import CODECS
-from strapfmt.errors import CorruptError, UnsupportedError
-from strapfmt.index import ShardIndex
-from strapfmt.manifest import ROLES, Layout, Part, Shard
-from strapfmt.mapped import map_file
+from strapfmt.arrowfile import decoded_bytes
+from strapfmt.errors import CorruptError
 from strapfmt.schema import SiteSpec
+from strapfmt.shard_files import ShardFiles
 
 if TYPE_CHECKING:
     import torch
@@ -31,78 +26,8 @@ __all__ = ["ShardReader"]
 Array = npt.NDArray[Any]
 
 
-@dataclass(slots=True)
-class _Mapped:
-    """The maps of a shard, made on first use."""
-
-    data: memoryview
-    tail: memoryview
-
-
-class ShardReader:
-    """One shard of a site (or, with `site` None, of a table).
-
-    Parameters
-    ----------
-    root : Path
-        The rank's directory.
-    shard : Shard
-    schema : pyarrow.Schema
-        What the shard's columns must be.
-    site : SiteSpec, optional
-    layout : Layout, optional
-    """
-
-    def __init__(
-        self,
-        root: Path,
-        shard: Shard,
-        schema: pa.Schema,
-        site: SiteSpec | None = None,
-        layout: Layout | None = None,
-    ) -> None:
-        self.root, self.shard, self.schema = root, shard, schema
-        self._site, self._layout = site, layout or Layout()
-        self._index: ShardIndex | None = None
-        self._mapped: _Mapped | None = None
-        self._verified: npt.NDArray[np.bool_] = np.zeros(0, bool)
-        for part in shard.parts:
-            if (part.must_understand or part.role in ROLES) and (
-                part.role not in ROLES or part.codec not in CODECS
-            ):
-                raise UnsupportedError(
-                    f"{self.place}: a part of role {part.role!r} with codec {part.codec!r} must be understood, and "
-                    "this version of strapfmt does not know it: install a newer one"
-                )
-
-    @property
-    def place(self) -> str:
-        """The data file, for errors."""
-        return str(self.root / self._part("data").file)
-
-    @property
-    def index(self) -> ShardIndex:
-        """The index, mapped and checked on first use."""
-        if self._index is None:
-            self._index = self._read_index()
-            self._verified = np.zeros(len(self._index.batches), bool)
-        return self._index
-
-    @property
-    def n_batches(self) -> int:
-        """Record batches, the tail's included."""
-        return len(self.index.batches)
-
-    @property
-    def n_unverified_bytes(self) -> int:
-        """Bytes of bodies whose hashes have not been compared yet, as far as the index was needed."""
-        if self._index is None:
-            return sum(part.n_bytes for part in self.shard.parts if part.role != "index")
-        return int(self._index.batches["body_bytes"][~self._verified].sum())
-
-    def pin(self) -> None:
-        """Open what a live writer may replace."""
-        _ = self.index, self._maps
+class ShardReader(ShardFiles):
+    """Record batches, views and gathers of one shard; made like `ShardFiles`."""
 
     # Record batches.
 
@@ -142,36 +67,7 @@ class ShardReader:
                 raise CorruptError(f"{place}: expected the activations at the beginning of the body")
         return batch
 
-    def verify(self, first: int, last: int) -> None:
-        """Compare the hashes of batches `first` to `last` (exclusive) with the index, each once.
-
-        Raises
-        ------
-        CorruptError
-        """
-        _ = self.index
-        for number in range(first, last):
-            if not self._verified[number]:
-                header, body = self._message(number)
-                self._check_header(number, header)
-                if digest(body) != self.index.batches["body_hash"][number].tobytes():
-                    raise CorruptError(
-                        f"{self.place}: record batch {number}: the body's checksum does not match its bytes; "
-                        "`strapfmt verify` lists all damage"
-                    )
-                self._verified[number] = True
-
     # Activations without Arrow in between.
-
-    @property
-    def is_row_aligned(self) -> bool:
-        """Whether the data file is one 2-D tensor."""
-        return self.is_plain and self._layout.kind == "rows"
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether bodies on disk are the memory of the tensor."""
-        return CODECS[self._part("data").codec].is_plain
 
     def rows_between(self, start: int, stop: int) -> Array:
         """Return the row numbers of ordinals `start` to `stop`, int64 [stop - start]."""
@@ -267,11 +163,6 @@ class ShardReader:
         starts: Array = self.index.batches["offset"].astype(np.int64) + self.index.batches["header_bytes"]
         return starts
 
-    @property
-    def _n_in_data(self) -> int:
-        """Batches in the data file, the tail's left out."""
-        return self.n_batches - (1 if self.index.has_tail else 0)
-
     def _stride_end(self, first: int) -> int:
         """Return the end of the batches from `first` on that lie at one stride and are equally long."""
         batches = self.index.batches
@@ -302,96 +193,6 @@ class ShardReader:
         inner = torch.empty(site.shape, device="meta").stride()
         return flat.as_strided((stop - first, n_rows, *site.shape), (stride // item, site.row_values, *inner))
 
-    def _message(self, number: int) -> tuple[memoryview, memoryview]:
-        entry = self.index.batches[number]
-        start, middle = int(entry["offset"]), int(entry["offset"]) + int(entry["header_bytes"])
-        memory = self._memory(number)
-        return memory[start:middle], memory[middle : middle + int(entry["body_bytes"])]
-
-    def _memory(self, number: int) -> memoryview:
-        in_tail = self.index.has_tail and number == self.n_batches - 1
-        return self._maps.tail if in_tail else self._maps.data
-
-    def _check_header(self, number: int, header: memoryview) -> None:
-        if digest(header) != self.index.batches["header_hash"][number].tobytes():
-            raise CorruptError(
-                f"{self.place}: record batch {number}: the header's checksum does not match its bytes"
-            )
-
-    @property
-    def _maps(self) -> _Mapped:
-        if self._mapped is None:
-            index, data, tail = self.index, self._part("data"), self.shard.part("tail")
-            if data.n_bytes != index.data_end():
-                raise CorruptError(
-                    f"{self.place}: the manifest says {data.n_bytes} bytes, the index {index.data_end()}"
-                )
-            if (tail is not None) != index.has_tail:
-                raise CorruptError(f"{self.place}: manifest and index disagree on whether there is a tail")
-            mapped = _Mapped(map_file(self.root, data.file, data.n_bytes), memoryview(b""))
-            self._check_ends(mapped.data, data, is_tail=False)
-            if tail is not None:
-                mapped.tail = map_file(self.root, tail.file, tail.n_bytes)
-                self._check_ends(mapped.tail, tail, is_tail=True)
-            self._mapped = mapped
-        return self._mapped
-
-    def _check_ends(self, memory: memoryview, part: Part, *, is_tail: bool) -> None:
-        """Check magic, schema and footer, and that every message lies inside."""
-        index, place = self.index, str(self.root / part.file)
-        if index.data_hash(tail=is_tail).hex() != part.hash:
-            raise CorruptError(f"{place}: the manifest's checksum does not match the hashes in the index")
-        prefix = memory[: index.prefix_bytes]
-        if digest(prefix) != index.prefix_hash or bytes(prefix[:8]) != spec.IPC_PREFIX:
-            raise CorruptError(f"{place}: the checksum of the schema does not match its bytes")
-        if index.is_sealed or is_tail:
-            end = memory[index.trailer_offset :]
-            if len(end) != index.trailer_bytes or digest(end) != index.trailer_hash:
-                raise CorruptError(f"{place}: the checksum of the footer does not match its bytes")
-        schema = _read_schema(prefix, place)
-        if not schema.equals(self.schema, check_metadata=False):
-            raise CorruptError(f"{place}: expected the columns\n{self.schema}\ngot\n{schema}")
-        batches = index.batches[-1:] if is_tail else index.batches[:-1] if index.has_tail else index.batches
-        ends = batches["offset"] + batches["header_bytes"].astype(np.uint64) + batches["body_bytes"]
-        if len(ends) and int(ends.max()) > len(memory):
-            raise CorruptError(
-                f"{place}: a record batch ends at {int(ends.max())}, the file at {len(memory)}"
-            )
-        if self._site is not None and not self._site.is_ragged and self.is_plain:
-            needed = batches["n_rows"].astype(np.uint64) * np.uint64(self._site.row_bytes)
-            if np.any(needed > batches["body_bytes"]):
-                raise CorruptError(f"{place}: a record batch is shorter than its rows")
-            in_rows = self.is_row_aligned and not is_tail
-            unit = self._site.row_bytes if in_rows else self._site.stored_dtype.item_bytes
-            if np.any((batches["offset"] + batches["header_bytes"].astype(np.uint64)) % np.uint64(unit)):
-                raise CorruptError(f"{place}: a body does not begin at a multiple of {unit} bytes")
-
-    def _read_index(self) -> ShardIndex:
-        part = self._part("index")
-        place = str(self.root / part.file)
-        if part.n_bytes > spec.MAX_INDEX_BYTES:
-            raise CorruptError(f"{place}: expected at most {spec.MAX_INDEX_BYTES} bytes, got {part.n_bytes}")
-        data = map_file(self.root, part.file, part.n_bytes)
-        if digest(data).hex() != part.hash:
-            raise CorruptError(f"{place}: the manifest's checksum does not match the index")
-        index = ShardIndex.decode(data, place)
-        runs = index.runs
-        if index.n_rows != self.shard.n_rows or index.is_sealed != self.shard.is_sealed:
-            raise CorruptError(f"{place}: expected {self.shard.n_rows} rows, got {index.n_rows}")
-        if self._site is not None:
-            last = int(runs["row"][-1]) + index.n_rows - int(runs["ordinal"][-1]) - 1 if len(runs) else None
-            if not len(runs) or int(runs["row"][0]) != self.shard.first_row or last != self.shard.last_row:
-                raise CorruptError(
-                    f"{place}: expected rows {self.shard.first_row}..{self.shard.last_row}, got {last}"
-                )
-        return index
-
-    def _part(self, role: str) -> Part:
-        part = self.shard.part(role)
-        if part is None:
-            raise AssertionError(f"a checked manifest has a {role} part")
-        return part
-
 
 def _address(memory: memoryview) -> int:
     return int(np.frombuffer(memory, np.uint8).ctypes.data)
@@ -403,13 +204,6 @@ def _check_shapes(place: str, batch: pa.RecordBatch) -> None:
     lengths = np.diff(batch.column("activation").offsets.to_numpy())
     if np.any(shapes < 0) or np.any(np.prod(shapes, axis=1, dtype=np.float64) != lengths):
         raise CorruptError(f"{place}: a row is not as long as its shape says")
-
-
-def _read_schema(prefix: memoryview, place: str) -> pa.Schema:
-    try:
-        return pa.ipc.read_schema(pa.py_buffer(prefix[len(spec.IPC_PREFIX) :]))
-    except (pa.ArrowInvalid, OSError, EOFError, UnicodeDecodeError) as error:
-        raise CorruptError(f"{place}: Arrow cannot read the schema: {error}") from error
 
 
 def _check_expansion(place: str, header: memoryview, body: memoryview, entry: np.void) -> None:

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -24,47 +23,17 @@ from strapfmt.errors import ArgumentError, SiteNotFoundError, WriterClosedError
 from strapfmt.json_fields import plain_json
 from strapfmt.layout import body_alignment, plan_layout
 from strapfmt.manifest import COUNTERS, Counts, Layout, Manifest, Shard, SiteEntry, file_slug
+from strapfmt.report import SiteCount, WriteSummary
 from strapfmt.row_checks import check_columns, check_values
 from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, site_schema, with_session
 from strapfmt.site_writer import BufferPool, ShardSeries, SiteWriter, TableWriter
 
-__all__ = ["COMMIT_INTERVAL_S", "DatasetWriter", "SiteCount", "WriteSummary"]
+__all__ = ["COMMIT_INTERVAL_S", "DatasetWriter"]
 
 Array = npt.NDArray[Any]
 
 COMMIT_INTERVAL_S = 10.0
 _QUEUE_BYTES = 64 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SiteCount:
-    """Rows of one site that should have been, were, and were not written because the ring was full."""
-
-    expected: int
-    written: int
-    dropped: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WriteSummary:
-    """What a writer has done so far.
-
-    Attributes
-    ----------
-    path : Path
-    n_rows : int
-        Rows written, summed over sites.
-    n_bytes : int
-        Bytes of activations handed over, before any codec.
-    n_commits : int
-    sites : dict of str to SiteCount
-    """
-
-    path: Path
-    n_rows: int
-    n_bytes: int
-    n_commits: int
-    sites: dict[str, SiteCount]
 
 
 class DatasetWriter:

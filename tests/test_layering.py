@@ -20,7 +20,8 @@ LAYERS: list[set[str]] = [
     {"schema", "arrowfile"},
     {"manifest", "index"},
     {"layout", "commit", "mapped", "report", "row_checks"},
-    {"shard", "shard_reader", "claim"},
+    {"shard", "shard_files", "claim"},
+    {"shard_reader"},
     {"site_writer", "sharded", "addresses", "table"},
     {"site"},
     {"writer", "sequence"},
@@ -37,6 +38,7 @@ LAYERS: list[set[str]] = [
 WRITING = {"shard", "site_writer", "writer", "commit"}
 READING = {
     "mapped",
+    "shard_files",
     "shard_reader",
     "addresses",
     "sharded",

@@ -1,4 +1,4 @@
-"""The specification says what the code does: constants, tables, layouts in bytes, worked examples, the manifest's schema."""
+"""The specification says what the code does: constants, tables, layouts in bytes, examples, the manifest's schema."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""The golden datasets: every valid one reads as recorded, every refused one is refused, and a rebuild gives the same bytes."""
+"""The golden datasets: valid ones read as recorded, others are refused, a rebuild gives the same bytes."""
 
 import importlib.util
 import json
@@ -154,10 +154,7 @@ def _read_everything(path: Path) -> None:
 def test_refused_dataset_is_refused(path: Path) -> None:
     expected = _document(path)
     with pytest.raises(StrapfmtError) as caught:
-        if expected["when"] == "open":
-            Reader(path)
-        else:
-            _read_everything(path)
+        (Reader if expected["when"] == "open" else _read_everything)(path)
     assert isinstance(caught.value, ERRORS[expected["error"]]), repr(caught.value)
     assert str(path) in str(caught.value), "the message says where"
 

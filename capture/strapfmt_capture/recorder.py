@@ -18,8 +18,9 @@ from strapfmt import spec
 from strapfmt.claim import rank_from_environment
 from strapfmt.codecs import get_codec
 from strapfmt.errors import ArgumentError, StrapfmtError
+from strapfmt.report import WriteSummary
 from strapfmt.schema import SiteSpec
-from strapfmt.writer import COMMIT_INTERVAL_S, DatasetWriter, WriteSummary
+from strapfmt.writer import COMMIT_INTERVAL_S, DatasetWriter
 from strapfmt_capture.given import GivenRows, Tensor
 from strapfmt_capture.provenance import describe_tokenizer, describe_versions
 from strapfmt_capture.statistics import RowStatistics, check_statistics
