@@ -4,83 +4,111 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from strapfmt.bits import as_integers
+from strapfmt.bits import as_integers, integers_of_size
+from strapfmt.schema import SiteSpec
 from strapfmt.shard_reader import ShardReader
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RowAddresses", "gather_addresses"]
+__all__ = ["RowAddresses"]
 
 Array = npt.NDArray[Any]
 
 
-def gather_addresses(addresses: Array, out: torch.Tensor) -> None:
-    """Copy the rows that begin at `addresses` (int64 [n]) into `out` [n, row_values], one row each.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Mapped:
+    """The record batches of the shards that are mapped, in order.
 
-    This is one `index_select`, as quick as on a matrix: its source is a view over the addresses from the first row to
-    the last, in which a row begins at every item. Only the rows asked for are read; they must be mapped, aligned to
-    items, and stay so during the call.
+    Attributes
+    ----------
+    shards : bool [n_shards]
+    first_batches : int64 [n_shards]
+        Which batch is the shard's first.
+    firsts, bodies : int64 [n_batches]
+        Each batch's first ordinal, and the place of its body in `memory`.
+    is_regular : bool
+        Whether every batch of a shard but its last holds `batch_rows` rows.
+    memory : tensor [n, row_values] of integers
+        From the first body to the end of the last: a row begins at every item, most of them not mapped at all.
     """
-    import torch
 
-    if not len(addresses):
-        return
-    target = as_integers(out)
-    item, width = target.element_size(), target.shape[1]
-    first = int(addresses.min())
-    n_rows = (int(addresses.max()) - first) // item + 1
-    span = (ctypes.c_char * ((n_rows + width - 1) * item)).from_address(first)
-    rows = torch.frombuffer(span, dtype=target.dtype).as_strided((n_rows, width), (1, 1))
-    torch.index_select(rows, 0, torch.from_numpy((addresses - first) // item), out=target)
+    shards: npt.NDArray[np.bool_]
+    first_batches: Array
+    firsts: Array
+    bodies: Array
+    is_regular: bool
+    memory: torch.Tensor
 
 
 class RowAddresses:
     """Where the rows of uncompressed shards lie in this process's memory; a shard is mapped when first asked for.
 
+    A gather is one `index_select`, as quick as on a matrix, however many shards there are: its source spans all their
+    maps, and only the rows asked for are read. Safe from several threads.
+
     Parameters
     ----------
+    site : SiteSpec
     readers : sequence of ShardReader
-        They hold the maps: keep them as long as the addresses are used.
+        They hold the maps.
     starts : int64 [n_shards + 1]
         Ordinal of each shard's first row.
-    row_bytes, batch_rows : int
+    batch_rows : int
+        Rows in a record batch of a regular shard.
     """
 
     def __init__(
-        self, readers: Sequence[ShardReader], starts: Array, *, row_bytes: int, batch_rows: int
+        self, site: SiteSpec, readers: Sequence[ShardReader], starts: Array, *, batch_rows: int
     ) -> None:
         self._readers, self._starts = readers, starts
-        self._row_bytes, self._batch_rows = row_bytes, max(batch_rows, 1)
-        self._is_mapped = np.zeros(len(readers), bool)
-        self._firsts = self._bodies = self._first_batches = np.empty(0, np.int64)
-        self._is_regular = True
+        self._width, self._item = site.row_values, site.stored_dtype.item_bytes
+        self._batch_rows = max(batch_rows, 1)
+        self._mapped: _Mapped | None = None
 
-    def of(self, ordinals: Array, shards: Array) -> Array:
-        """Return the address of each row, int64 [n], given its ordinal and the number of its shard."""
-        if not np.all(self._is_mapped[shards]):
-            self._map(shards)
-        if self._is_regular:
-            batches = self._first_batches[shards] + (ordinals - self._starts[shards]) // self._batch_rows
+    def gather(self, ordinals: Array, shards: Array, out: torch.Tensor) -> None:
+        """Copy the rows at `ordinals` (int64 [n]), each in one of `shards` ([n]), into `out` [n, row_values]."""
+        import torch
+
+        if not len(ordinals):
+            return
+        mapped = self._mapped
+        if mapped is None or not np.all(mapped.shards[shards]):
+            mapped = self._mapped = self._map(shards)
+        if mapped.is_regular:
+            batches = mapped.first_batches[shards] + (ordinals - self._starts[shards]) // self._batch_rows
         else:
-            batches = np.searchsorted(self._firsts, ordinals, "right") - 1
-        addresses: Array = self._bodies[batches] + (ordinals - self._firsts[batches]) * self._row_bytes
-        return addresses
+            batches = np.searchsorted(mapped.firsts, ordinals, "right") - 1
+        places = mapped.bodies[batches] + (ordinals - mapped.firsts[batches]) * self._width
+        torch.index_select(mapped.memory, 0, torch.from_numpy(places), out=as_integers(out))
 
-    def _map(self, shards: Array) -> None:
-        """Map these shards too and lay the record batches of all mapped ones behind one another."""
-        self._is_mapped[shards] = True
-        numbers = np.flatnonzero(self._is_mapped)
-        mapped = [self._readers[number] for number in numbers.tolist()]
-        self._bodies = np.concatenate([reader.body_addresses for reader in mapped])
-        firsts = zip(mapped, self._starts[numbers], strict=True)
-        self._firsts = np.concatenate([reader.first_ordinals + start for reader, start in firsts])
-        self._first_batches = np.zeros(len(self._readers), np.int64)
-        counts = [reader.n_batches for reader in mapped]
-        self._first_batches[numbers] = np.cumsum([0, *counts[:-1]])
-        self._is_regular = all(reader.is_regular for reader in mapped)
+    def _map(self, shards: Array) -> _Mapped:
+        """Map these shards beside those that are mapped."""
+        import torch
+
+        is_mapped = np.zeros(len(self._readers), bool) if self._mapped is None else self._mapped.shards.copy()
+        is_mapped[shards] = True
+        numbers = np.flatnonzero(is_mapped)
+        readers = [self._readers[number] for number in numbers.tolist()]
+        addresses = np.concatenate([reader.body_addresses for reader in readers])
+        n_rows = np.concatenate([reader.index.batches["n_rows"] for reader in readers]).astype(np.int64)
+        begin, end = int(addresses.min()), int((addresses + n_rows * (self._width * self._item)).max())
+        span = (ctypes.c_char * (end - begin)).from_address(begin)
+        items = torch.frombuffer(span, dtype=integers_of_size(self._item))
+        first_batches = np.zeros(len(is_mapped), np.int64)
+        first_batches[numbers] = np.cumsum([0, *(reader.n_batches for reader in readers[:-1])])
+        starts = zip(readers, self._starts[numbers], strict=True)
+        return _Mapped(
+            shards=is_mapped,
+            first_batches=first_batches,
+            firsts=np.concatenate([reader.first_ordinals + start for reader, start in starts]),
+            bodies=(addresses - begin) // self._item,
+            is_regular=all(reader.is_regular for reader in readers),
+            memory=items.as_strided((len(items) - self._width + 1, self._width), (1, 1)),
+        )

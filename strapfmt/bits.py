@@ -9,16 +9,19 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["as_integers", "as_numpy"]
+__all__ = ["as_integers", "as_numpy", "integers_of_size"]
 
 
 def as_integers(tensor: torch.Tensor) -> torch.Tensor:
     """Return a view of `tensor` as integers of its item size."""
+    return tensor.view(integers_of_size(tensor.element_size()))
+
+
+def integers_of_size(item_bytes: int) -> torch.dtype:
+    """Return the integer type of an item size for which torch has all kernels."""
     import torch
 
-    return tensor.view(
-        {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    )
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[item_bytes]
 
 
 def as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:

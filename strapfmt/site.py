@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from strapfmt.addresses import RowAddresses, gather_addresses
+from strapfmt.addresses import RowAddresses
 from strapfmt.batches import limited, resized
 from strapfmt.bits import as_numpy
 from strapfmt.errors import ArgumentError, ViewError
@@ -185,7 +185,7 @@ class Site(ShardedRows):
         """Return rows by ordinal, as `take` does by row id."""
         self._check_fixed("gather()")
         wanted = integers_of(ordinals, "ordinals")
-        if np.any((wanted < 0) | (wanted >= self.n_rows)):
+        if np.any(wanted.view(np.uint64) >= self.n_rows):  # a negative one is huge
             raise IndexError(
                 f"site {self.name!r} has {self.n_rows} rows, got ordinals {wanted.min()}..{wanted.max()}"
             )
@@ -293,8 +293,10 @@ class Site(ShardedRows):
 
     def _fill(self, ordinals: Array, out: torch.Tensor) -> None:
         """Copy the rows at `ordinals` into `out` [n, row_values]."""
-        shards = np.searchsorted(self._starts, ordinals, "right") - 1
-        numbers = distinct(shards)
+        shards, numbers = np.zeros(len(ordinals), np.int64), [0]
+        if len(self._readers) != 1:
+            shards = np.searchsorted(self._starts, ordinals, "right") - 1
+            numbers = distinct(shards)
         for number in numbers:
             if self._always:
                 firsts = self._readers[number].first_ordinals + self._starts[number]
@@ -303,7 +305,7 @@ class Site(ShardedRows):
                 ).tolist():
                     self._readers[number].verify(batch, batch + 1)
         if all(self._readers[number].is_plain for number in numbers):
-            gather_addresses(self._addresses.of(ordinals, shards), out)
+            self._addresses.gather(ordinals, shards, out)
             return
         for number in numbers:
             chosen = np.flatnonzero(shards == number)
@@ -311,9 +313,7 @@ class Site(ShardedRows):
 
     @cached_property
     def _addresses(self) -> RowAddresses:
-        return RowAddresses(
-            self._readers, self._starts, row_bytes=self.spec.row_bytes, batch_rows=self.layout.batch_rows
-        )
+        return RowAddresses(self.spec, self._readers, self._starts, batch_rows=self.layout.batch_rows)
 
     def _columns(self, columns: Iterable[str] | None) -> list[str]:
         wanted = list(self.schema.names) if columns is None else list(columns)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from strapfmt.errors import RowNotFoundError
+from strapfmt.errors import CorruptError, RowNotFoundError
 from strapfmt.reader import Reader
 from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
@@ -85,3 +85,15 @@ def test_rows_of_several_ranks_are_gathered_at_once(tmp_path: Path) -> None:
         write(path, np.arange(700) + (rank << 40), 16, rank=rank, batch_bytes=512).close()
     wanted = np.array([(1 << 40) + 3, 5, 699, (1 << 40) + 699])
     np.testing.assert_array_equal(Reader(path)["s"].take(wanted).numpy(), values_of(wanted, 16))
+
+
+def test_a_damaged_shard_is_refused_every_time(tmp_path: Path) -> None:
+    write(tmp_path / "d.strap", np.arange(900), 16, batch_bytes=512, shard_bytes=8 << 10).close()
+    site = Reader(tmp_path / "d.strap")["s"]
+    site.take([3])
+    last = sorted((tmp_path / "d.strap/rank-00000/sites/s").glob("*.arrow"))[-1]
+    last.write_bytes(last.read_bytes()[:-8])
+    for _ in range(2):
+        with pytest.raises(CorruptError):
+            site.take([3, 899])
+    assert site.take([3])[0, 0] == 300
