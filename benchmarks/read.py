@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def _compare(report: Report, settings: Settings, readers: _Readers, names: list[
     groups: list[tuple[str, Callable[..., Case], type[_Job], list[str]]] = [
         ("warm gather", readers.warm, _Gather, gathers),
         ("warm sequential", readers.warm, _Read, names),
-        ("cold gather", readers.cold, _Gather, gathers),
+        ("cold gather", readers.cold, _ColdGather, gathers),
         ("cold sequential", readers.cold, _Read, names),
     ]
     for group, make, kind, chosen in groups:
@@ -80,7 +81,7 @@ def _compare(report: Report, settings: Settings, readers: _Readers, names: list[
         cases = {name: make(name, kind) for name in chosen}
         seconds = in_rounds(cases, settings, more=5 if group == "warm gather" else 1)
         del cases
-        n_bytes = readers.gathered_bytes if kind is _Gather else readers.n_bytes
+        n_bytes = readers.n_bytes if kind is _Read else readers.gathered_bytes
         report.add(group, seconds, reference="bare memory map", n_bytes=n_bytes)
 
 
@@ -90,7 +91,7 @@ class _Job:
     def __init__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         self._x, self.out, self._round = x, out, 0
 
-    def __call__(self, opened: Opened) -> None:
+    def __call__(self, opened: Opened) -> float | None:
         raise NotImplementedError
 
     def _expected(self) -> torch.Tensor:
@@ -113,14 +114,32 @@ class _Read(_Job):
 
 
 class _Gather(_Job):
-    def __call__(self, opened: Opened) -> None:
-        opened.gather(self._ordinals(), self.out)
+    """Several gathers in a row, as a loader makes them; the time is that of one."""
+
+    _n_gathers = 8
+
+    def __call__(self, opened: Opened) -> float | None:
+        wanted = [self._ordinals(number) for number in range(self._n_gathers)]
+        start = time.perf_counter()
+        for ordinals in wanted:
+            opened.gather(ordinals, self.out)
+        return (time.perf_counter() - start) / self._n_gathers
 
     def _expected(self) -> torch.Tensor:
-        return self._x[torch.from_numpy(self._ordinals())]
+        return self._x[torch.from_numpy(self._ordinals(self._n_gathers - 1))]
 
-    def _ordinals(self) -> npt.NDArray[np.int64]:
-        return some_ordinals(len(self._x), len(self.out), seed=self._round)
+    def _ordinals(self, number: int) -> npt.NDArray[np.int64]:
+        seed = self._round * self._n_gathers + number
+        return some_ordinals(len(self._x), len(self.out), seed=seed)
+
+
+class _ColdGather(_Gather):
+    """One gather, of what is on the disk."""
+
+    _n_gathers = 1
+
+    def __call__(self, opened: Opened) -> None:
+        opened.gather(self._ordinals(0), self.out)
 
 
 class _Readers:

@@ -185,7 +185,7 @@ class Site(ShardedRows):
         """Return rows by ordinal, as `take` does by row id."""
         self._check_fixed("gather()")
         wanted = integers_of(ordinals, "ordinals")
-        if np.any(wanted.view(np.uint64) >= self.n_rows):  # a negative one is huge
+        if len(wanted) and wanted.view(np.uint64).max() >= self.n_rows:  # a negative one is huge
             raise IndexError(
                 f"site {self.name!r} has {self.n_rows} rows, got ordinals {wanted.min()}..{wanted.max()}"
             )
