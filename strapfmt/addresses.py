@@ -109,6 +109,6 @@ class RowAddresses:
             first_batches=first_batches,
             firsts=np.concatenate([reader.first_ordinals + start for reader, start in starts]),
             bodies=(addresses - begin) // self._item,
-            is_regular=all(reader.is_regular for reader in readers),
+            is_regular=all(reader.is_regular(self._batch_rows) for reader in readers),
             memory=items.as_strided((len(items) - self._width + 1, self._width), (1, 1)),
         )

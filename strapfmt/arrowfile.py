@@ -19,6 +19,7 @@ __all__ = [
     "check_message",
     "decoded_bytes",
     "digest",
+    "is_compressed",
     "message_bytes",
     "trailer",
 ]
@@ -222,6 +223,19 @@ def check_message(header: memoryview, body: memoryview) -> bool:
     if digest(body).hex().encode() not in stated:
         return False
     return any(digest(bytes(header).replace(h, _HEADER_PLACEHOLDER, 1)).hex().encode() == h for h in stated)
+
+
+def is_compressed(header: bytes | memoryview) -> bool:
+    """Return whether Arrow would decompress the body of this record batch.
+
+    Raises
+    ------
+    ValueError, struct.error
+        If the flatbuffer points outside.
+    """
+    message = memoryview(header)[8:]
+    table = _follow(message, _field(message, _root(message), 2))
+    return _find_field(message, table, 3) is not None
 
 
 def decoded_bytes(header: bytes | memoryview, body: memoryview) -> int:

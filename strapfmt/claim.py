@@ -11,8 +11,15 @@ from pathlib import Path
 
 from strapfmt import spec
 from strapfmt.commit import Disk, Lock
-from strapfmt.errors import ArgumentError, DatasetExistsError, DatasetNotFoundError, UnsupportedError
+from strapfmt.errors import (
+    ArgumentError,
+    DatasetExistsError,
+    DatasetNotFoundError,
+    UnsupportedError,
+    WriterConflictError,
+)
 from strapfmt.manifest import Manifest
+from strapfmt.mapped import read_file
 
 __all__ = ["check_writable", "claim_rank", "rank_from_environment"]
 
@@ -39,18 +46,18 @@ def claim_rank(disk: Disk, path: Path, rank: int | None, mode: str) -> tuple[Loc
     if mode == "append" and root.exists():
         lock = Lock(root)
         try:
-            return lock, _read_manifest(root / spec.MANIFEST_NAME)
+            return lock, _read_manifest(root)
         except BaseException:
             lock.release()
             raise
-    path.mkdir(parents=True, exist_ok=True)
+    _make_directories(disk, path)
     try:
         disk.mkdir(root)
     except FileExistsError:
         Lock(root).release()
         raise DatasetExistsError(_exists_message(path, rank or 0)) from None
     now = time.time_ns()
-    return Lock(root), Manifest(
+    return _lock_new(root), Manifest(
         rank=rank or 0,
         writer_id=uuid.uuid4().hex,
         commit=-1,
@@ -60,8 +67,31 @@ def claim_rank(disk: Disk, path: Path, rank: int | None, mode: str) -> tuple[Loc
     )
 
 
-def _read_manifest(path: Path) -> Manifest:
-    manifest = Manifest.decode(path.read_bytes(), str(path))
+def _make_directories(disk: Disk, path: Path) -> None:
+    """Make the dataset's directory and those above it that are missing, durably."""
+    for directory in reversed([each for each in (path, *path.parents) if not each.exists()]):
+        with contextlib.suppress(FileExistsError):
+            disk.mkdir(directory)
+        disk.sync_directory(directory.parent)
+
+
+def _lock_new(root: Path) -> Lock:
+    """Lock a rank just made; somebody who found it taken may hold its lock for a moment, to say who has it."""
+    for _ in range(40):
+        with contextlib.suppress(WriterConflictError):
+            return Lock(root)
+        time.sleep(0.005)
+    return Lock(root)
+
+
+def _read_manifest(root: Path) -> Manifest:
+    path = root / spec.MANIFEST_NAME
+    try:
+        manifest = Manifest.decode(read_file(root, spec.MANIFEST_NAME, spec.MAX_MANIFEST_BYTES), str(path))
+    except FileNotFoundError:
+        raise DatasetNotFoundError(
+            f"{root}: nothing was ever committed here; mode='overwrite' starts again"
+        ) from None
     if manifest.format_version > spec.FORMAT_VERSION:
         raise UnsupportedError(
             f"{path}: written by format version {manifest.format_version}, to which version {spec.FORMAT_VERSION} must "
@@ -120,13 +150,17 @@ def _check_directory(path: Path, mode: str) -> None:
     if not path.exists():
         return
     entries = list(path.iterdir()) if path.is_dir() else [path]
-    others = [entry.name for entry in entries if not (entry.name.startswith("rank-") and entry.is_dir())]
+    others = [entry.name for entry in entries if not _is_rank(entry)]
     if len(others) == len(entries) > 0:
         raise DatasetExistsError(f"{path}: exists and is no strapfmt dataset; it is never overwritten")
     if others and mode == "overwrite":
         raise DatasetExistsError(
             f"{path}: {others[0]!r} in it is no part of the dataset; move it away to overwrite"
         )
+
+
+def _is_rank(entry: Path) -> bool:
+    return entry.name.startswith("rank-") and entry.is_dir() and not entry.is_symlink()
 
 
 def _remove(disk: Disk, directory: Path, dataset: Path) -> None:
@@ -139,4 +173,6 @@ def _remove(disk: Disk, directory: Path, dataset: Path) -> None:
         for rank in ranks:
             locks.callback(Lock(rank).release)
         disk.rename(directory, doomed)
+        for parent in {directory.parent, doomed.parent}:
+            disk.sync_directory(parent)
     shutil.rmtree(doomed)

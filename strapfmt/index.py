@@ -169,7 +169,9 @@ class ShardIndex:
         batches, runs = self.batches, self.runs
         problems = []
         rows = batches["n_rows"].astype(np.uint64)
-        firsts = np.concatenate([[0], np.cumsum(rows)]).astype(np.uint64)
+        firsts = np.append(np.uint64(0), np.cumsum(rows))
+        if np.any(rows == 0):
+            problems.append("n_rows: expected at least 1 in every batch")
         if not np.array_equal(batches["first_ordinal"], firsts[:-1]) or int(firsts[-1]) != self.n_rows:
             problems.append(f"first_ordinal: expected the running sum of n_rows, in all {self.n_rows}")
         inner = batches[:-1] if self.has_tail else batches
@@ -178,17 +180,17 @@ class ShardIndex:
             problems.append("offset, body_bytes: expected less than 2^62")
         else:
             ends = inner["offset"] + inner["header_bytes"].astype(np.uint64) + inner["body_bytes"]
-            starts = np.concatenate(
-                [inner["offset"], [self.trailer_offset] if self.is_sealed else []]
-            ).astype(np.uint64)
-            expected = np.concatenate([[self.prefix_bytes], ends]).astype(np.uint64)[: len(starts)]
+            starts = np.append(inner["offset"], np.array([self.trailer_offset] * self.is_sealed, np.uint64))
+            expected = np.append(np.uint64(self.prefix_bytes), ends)[: len(starts)]
             if not np.array_equal(starts, expected):
                 problems.append("offset: expected each message to begin where the one before ends")
         if self.has_tail and (not len(batches) or int(batches["offset"][-1]) != self.prefix_bytes):
             problems.append("tail: expected its batch right behind the schema")
         if self.has_tail and self.is_sealed:
             problems.append("flags: a sealed shard has no tail")
-        if len(runs):
+        if np.any(runs["ordinal"] >= max(self.n_rows, 1)):
+            problems.append(f"runs: expected ordinals below {self.n_rows}")
+        elif len(runs) and self.n_rows <= limit:
             ordinals = runs["ordinal"].astype(np.int64)
             lengths = np.diff(np.append(ordinals, self.n_rows))
             ends_row = runs["row"] + lengths

@@ -6,7 +6,9 @@ a schema that names its site and session, and each record batch carries hashes o
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from strapfmt import spec
-from strapfmt.arrowfile import check_message, message_bytes
+from strapfmt.arrowfile import check_message, decoded_bytes, is_compressed, message_bytes
 from strapfmt.errors import ArgumentError, DatasetNotFoundError, FormatError
 from strapfmt.index import ShardIndex
 from strapfmt.manifest import COUNTERS, Manifest
@@ -143,6 +145,9 @@ class _Rescue:
 
     def _keep_counts(self, writer: DatasetWriter, manifest: Manifest) -> None:
         for entry in manifest.sites:
+            if entry.spec.name not in writer.sites and not entry.shards and not entry.derived_from:
+                with suppress(ArgumentError):  # of a newer version, and empty
+                    writer.add_site(entry.spec)
             if entry.spec.name in writer.sites:
                 writer.count(entry.spec.name, expected=entry.counts.expected, dropped=entry.counts.dropped)
 
@@ -167,10 +172,13 @@ class _Rescue:
             writer.add_site(site)
         schema = site_schema(site) if site else TABLE_SCHEMAS[name]
         target = _Target(writer, site, name, key, account)
-        for stream, limit in self._limited(streams, key):
-            if not stream.schema.equals(schema, check_metadata=False):
-                account.problems.append(f"{self.root / stream.file}: its columns are not those of {name!r}")
-                continue
+        sound = [stream for stream in streams if stream.schema.equals(schema, check_metadata=False)]
+        account.problems += [
+            f"{self.root / stream.file}: its columns are not those of {name!r}"
+            for stream in streams
+            if stream not in sound
+        ]
+        for stream, limit in self._limited(sound, key):
             for batch in self._batches(stream, account):
                 target.add(batch, limit)
 
@@ -221,8 +229,9 @@ class _Rescue:
             later = stream.session + 1
             limits = [firsts[s.number] for s in streams if s.session >= later]
             if key.counter and later < len(sessions):
-                next_free = _counters_of(sessions[later]).get(key.counter, _NO_LIMIT)
-                limits.append(self.rank << spec.RANK_SHIFT | int(next_free))
+                next_free = _counters_of(sessions[later]).get(key.counter)
+                if type(next_free) is int and 0 <= next_free <= 1 << spec.COUNTER_BITS:
+                    limits.append((self.rank << spec.RANK_SHIFT) + next_free)
             yield stream, min(limits, default=_NO_LIMIT)
 
     def _first_id(self, stream: _Stream, key: _Key) -> int:
@@ -336,9 +345,11 @@ def _read_batch(
     if not check_message(header, body):
         return None
     try:
+        if is_compressed(header) and decoded_bytes(header, body) > spec.MAX_BATCH_BYTES:
+            return None
         batch = pa.ipc.read_record_batch(pa.py_buffer(message), schema)
         batch.validate(full=True)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, EOFError):
+    except (pa.ArrowException, ValueError, struct.error, OSError, EOFError):
         return None
     return batch
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from strapfmt import spec
-from strapfmt.arrowfile import decoded_bytes
+from strapfmt.arrowfile import decoded_bytes, is_compressed
 from strapfmt.errors import CorruptError
 from strapfmt.schema import SiteSpec
 from strapfmt.shard_files import ShardFiles
@@ -45,8 +45,7 @@ class ShardReader(ShardFiles):
         header, body = self._message(number)
         self._check_header(number, header)
         place = f"{self.place}: record batch {number}"
-        if not self.is_plain:
-            _check_expansion(place, header, body, entry)
+        _check_expansion(place, header, body, entry, is_plain=self.is_plain)
         memory, start = self._memory(number), int(entry["offset"])
         message = pa.py_buffer(memory).slice(start, len(header) + len(body))
         try:
@@ -138,10 +137,10 @@ class ShardReader(ShardFiles):
             addresses[-1] = self._body_starts[-1] + _address(self._maps.tail)
         return addresses
 
-    @cached_property
-    def is_regular(self) -> bool:
-        """Whether every batch but the last holds the layout's number of rows."""
-        return bool(np.all(self.index.batches["n_rows"][:-1] == self._layout.batch_rows))
+    def is_regular(self, batch_rows: int) -> bool:
+        """Whether every batch but the last holds this number of rows, and the last no more."""
+        n_rows = self.index.batches["n_rows"]
+        return bool(np.all(n_rows[:-1] == batch_rows) and np.all(n_rows[-1:] <= batch_rows))
 
     # Inside.
 
@@ -206,12 +205,18 @@ def _check_shapes(place: str, batch: pa.RecordBatch) -> None:
         raise CorruptError(f"{place}: a row is not as long as its shape says")
 
 
-def _check_expansion(place: str, header: memoryview, body: memoryview, entry: np.void) -> None:
+def _check_expansion(
+    place: str, header: memoryview, body: memoryview, entry: np.void, *, is_plain: bool
+) -> None:
     """Refuse a body that would expand to more than the index admits, before anything is expanded."""
     try:
+        if not is_compressed(header):
+            return
         size = decoded_bytes(header, body)
     except (ValueError, struct.error) as error:
         raise CorruptError(f"{place}: {error}") from error
+    if is_plain:
+        raise CorruptError(f"{place}: it is compressed, which the manifest's codec denies")
     if size > int(entry["raw_bytes"]) or size > spec.MAX_BATCH_BYTES:
         raise CorruptError(
             f"{place}: it would expand to {size} bytes, the index admits {int(entry['raw_bytes'])}"

@@ -116,6 +116,8 @@ class RecordingDisk(Disk):
 
     def mkdir(self, path: Path) -> None:
         super().mkdir(path)
+        if path == self.path:
+            return  # its name lies outside of what is looked at
         folder, name = self._folder(path)
         folder.pending.append({name: Folder()})
         self._changed()
