@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -153,6 +154,16 @@ def _zstd(path: Path) -> None:
     _plain(path, codec="zstd")
 
 
+def _incompressible(path: Path) -> None:
+    """Compressed bodies that are longer than their values."""
+    with DatasetWriter(path, commit_interval_s=1e9) as writer:
+        writer.add_site(SiteSpec(name="x", dtype="uint8", shape=(64,), codec="zstd", statistics=()))
+        noise = b"".join(digest(bytes([i])) for i in range(64))
+        writer.write("x", np.frombuffer(noise, np.uint8).reshape(16, 64).copy(), rows=np.arange(16))
+        writer.wait()
+    (path / RANK / spec.LOCK_NAME).unlink()
+
+
 def _ragged(path: Path) -> None:
     _plain(path, shape=(-1,))
 
@@ -302,6 +313,22 @@ def _moved_activations(forge: Forge) -> None:
     forge.file("data").write_bytes(data)
     entry["header_hash"] = np.void(digest(bytes(header)))
     forge.save_index(index)
+
+
+def _denied_compression(forge: Forge) -> None:
+    forge.site["codec"] = "none"
+    for part in forge.shard["parts"]:
+        part["codec"] = "none"
+    forge.save()
+
+
+def _empty_batch(forge: Forge) -> None:
+    """A last entry without rows and without bytes, so that nothing else is wrong."""
+    index = forge.index()
+    empty = np.zeros(1, BATCH_DTYPE)
+    empty["offset"], empty["first_ordinal"], empty["raw_bytes"] = index.trailer_offset, index.n_rows, 0
+    empty["header_hash"] = empty["body_hash"] = np.void(digest(b""))
+    forge.save_index(dataclasses.replace(index, batches=np.concatenate([index.batches, empty])))
 
 
 def _longer(forge: Forge) -> None:
@@ -490,6 +517,10 @@ _CASES: list[tuple[str, str, str, str, Callable[[Path], None], Callable[[Forge],
     ("tail-of-sealed", "read", "corrupt", "The index says both sealed and with a tail.", _open, _sealed_with_tail),
     ("open-cut", "read", "corrupt", "The open data file is shorter than what was committed.", _open,
      lambda forge: forge.cut(forge.file("data"), 1)),
+    # Added later.
+    ("data-compression-denied", "read", "corrupt", "The manifest says codec none, the data are compressed.", _incompressible,
+     _denied_compression),
+    ("index-empty-batch", "read", "corrupt", "A record batch without rows.", _plain, _empty_batch),
 ]  # fmt: skip
 
 
