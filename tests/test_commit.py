@@ -1,0 +1,133 @@
+"""The disk, the thread that writes to it, and the lock on a rank."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from strapfmt import spec
+from strapfmt.commit import Disk, IoThread, Lock
+from strapfmt.errors import WriteError, WriterConflictError
+
+
+def test_a_published_file_is_whole_and_leaves_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "manifest.json"
+    (tmp_path / "manifest.json.tmp").write_bytes(b"left by a crash")
+    target.write_bytes(b"before")
+    pieces = [b"a" * 3, memoryview(b""), memoryview(b"bcd")] + [bytes([i % 251]) for i in range(3000)]
+    Disk().publish(target, pieces)
+    assert target.read_bytes() == b"".join(bytes(piece) for piece in pieces)
+    assert os.listdir(tmp_path) == ["manifest.json"]
+
+
+def test_a_failed_publication_leaves_what_was_there(tmp_path: Path) -> None:
+    class NoSync(Disk):
+        def fsync(self, fd: int) -> None:
+            raise OSError(5, "lost")
+
+    target = tmp_path / "x"
+    target.write_bytes(b"before")
+    with pytest.raises(OSError, match="lost"):
+        NoSync().publish(target, [b"after"])
+    assert target.read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling"])
+def test_nothing_is_created_over_what_exists(tmp_path: Path, kind: str) -> None:
+    target, victim = tmp_path / "x", tmp_path / "victim"
+    if kind == "file":
+        target.touch()
+    else:
+        target.symlink_to(victim)
+    if kind == "link":
+        victim.write_bytes(b"precious")
+    with pytest.raises(FileExistsError):
+        Disk().create(target)
+    assert not victim.exists() or victim.read_bytes() == b"precious"
+
+
+def test_jobs_run_in_order() -> None:
+    thread, done = IoThread(1 << 20), list[int]()
+    for i in range(500):
+        thread.submit(lambda i=i: done.append(i), 10)  # type: ignore[misc]
+    thread.wait()
+    assert done == list(range(500))
+    thread.stop()
+
+
+def test_submitting_blocks_while_more_than_the_limit_waits() -> None:
+    thread, go, done = IoThread(100), threading.Event(), list[int]()
+    thread.submit(go.wait, 60)  # type: ignore[arg-type]
+    thread.submit(lambda: done.append(1), 60)
+    blocked = threading.Thread(target=lambda: thread.submit(lambda: done.append(2), 1))
+    blocked.start()
+    blocked.join(0.1)
+    assert blocked.is_alive()
+    assert done == []
+    go.set()
+    blocked.join(5)
+    thread.wait()
+    assert done == [1, 2]
+    thread.stop()
+
+
+def test_a_failure_stops_the_rest_and_is_raised_wherever_one_waits() -> None:
+    thread, done = IoThread(1 << 20), list[int]()
+
+    def fail() -> None:
+        raise OSError(28, "no space left")
+
+    go = threading.Event()
+    thread.submit(go.wait)  # type: ignore[arg-type]
+    thread.submit(fail)
+    thread.submit(lambda: done.append(1))
+    go.set()
+    for call in (thread.wait, lambda: thread.submit(lambda: None), thread.check, thread.wait):
+        with pytest.raises(WriteError, match="no space left") as caught:
+            call()
+        assert caught.value.errno == 28
+    thread.stop()
+    assert done == []
+
+
+def test_a_failure_wakes_who_waits_for_room() -> None:
+    thread, go = IoThread(10), threading.Event()
+
+    def fail() -> None:
+        go.wait()
+        raise MemoryError
+
+    thread.submit(fail, 100)
+    timer = threading.Timer(0.1, go.set)
+    timer.start()
+    with pytest.raises(WriteError, match="MemoryError"):
+        thread.submit(lambda: None, 1)
+    thread.stop()
+    timer.join()
+
+
+def test_stopping_finishes_what_is_queued() -> None:
+    thread, done = IoThread(1 << 20), list[int]()
+    for i in range(20):
+        thread.submit(lambda i=i: (time.sleep(0.002), done.append(i))[1])  # type: ignore[misc]
+    thread.stop()
+    assert done == list(range(20))
+    thread.stop()
+
+
+def test_one_writer_holds_a_lock_and_the_next_learns_who(tmp_path: Path) -> None:
+    lock = Lock(tmp_path)
+    with pytest.raises(WriterConflictError, match=f"process {os.getpid()} .* give each writer its own rank="):
+        Lock(tmp_path)
+    lock.release()
+    lock.release()
+    Lock(tmp_path).release()
+
+
+def test_a_lock_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / spec.LOCK_NAME).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"):
+        Lock(tmp_path)
+    assert not (tmp_path / "elsewhere").exists()
