@@ -363,7 +363,7 @@ class TableWriter:
             arrays = [pa.array(columns[column.name], column.type) for column in self.schema]
             batch = pa.RecordBatch.from_arrays(arrays, schema=self.schema)
             batch.validate()
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
             raise ArgumentError(f"table {self.name!r}: {error}") from error
         for column, array in zip(self.schema, batch.columns, strict=True):
             if array.null_count and not column.nullable:
