@@ -194,8 +194,18 @@ def test_a_site_keeps_its_row_space_when_appended_to(tmp_path: Path) -> None:
             model, path, sites="logits", mode="append" if path.exists() else "create", quiet=True
         ):
             model(input_ids=ids, logits_to_keep=1)
+    assert Reader(path)["logits"].rows.tolist() == [3, 4]
+
+
+def test_logits_declared_with_rows_of_their_own_keep_them_when_appended_to(tmp_path: Path) -> None:
+    model, path = tiny_model("llama"), tmp_path / "x.strap"
+    for keep in (torch.tensor([0, 2]), 1, 0):
+        with strapfmt.capture(
+            model, path, sites="logits", mode="append" if path.exists() else "create", quiet=True
+        ):
+            model(input_ids=IDS, logits_to_keep=keep)
     column = Reader(path)["logits"].to_arrow(["token_row"])["token_row"]
-    assert column.to_pylist() == [3, 4]
+    assert column.to_pylist() == [None, None, 7, 8, 9, 10, 11]
 
 
 def test_a_second_writer_gets_a_clear_error(tmp_path: Path) -> None:

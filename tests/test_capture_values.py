@@ -15,6 +15,7 @@ from models import FAMILIES, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 import strapfmt
+from strapfmt.errors import CaptureError
 from strapfmt.reader import Reader
 
 TEXTS = ["the cat", "a longer text", "x"]
@@ -117,9 +118,8 @@ def test_generation_stores_every_pass_and_every_row_is_its_token(family: str, tm
         max(row["row"] for row in tokens if (row["batch_index"], row["step"]) == (b, 0)) for b in range(3)
     ]
     decoded = [row["row"] for row in tokens if row["phase"] == "decode"]
-    logits = reader["logits"].to_arrow(["token_row", "call"])
-    assert logits["token_row"].to_pylist() == last + decoded
-    assert logits["call"].to_pylist() == [call for call in range(5) for _ in range(3)]
+    assert reader["logits"].row_space == "tokens"
+    assert reader["logits"].rows.tolist() == last + decoded
 
 
 def history(tokens: dict[int, dict[str, int]], row: int | None) -> list[int]:
@@ -371,7 +371,7 @@ def test_right_padded_last_logits_belong_to_padding_and_are_left_out(tmp_path: P
     assert int(complete.sum()) == 1
     assert_same_bits(reader["logits"].tensor(), last[complete, 0])
     place = int(complete.nonzero()[0, 0])
-    assert reader["logits"].to_arrow(["token_row"])["token_row"].to_pylist() == [
+    assert reader["logits"].rows.tolist() == [
         max(row["row"] for row in reader.tokens.to_arrow().to_pylist() if row["batch_index"] == place)
     ]
 
@@ -384,11 +384,35 @@ def test_logits_at_places_the_caller_chose_claim_no_token(tmp_path: Path) -> Non
     assert (len(column), column.null_count) == (2, 2)
 
 
-def test_logits_that_began_as_one_a_token_go_on_with_last_positions(tmp_path: Path) -> None:
-    model = tiny_model("llama")
+def test_as_many_chosen_places_as_tokens_claim_no_token_either(tmp_path: Path) -> None:
+    model, ids, chosen = tiny_model("llama"), torch.tensor([[5, 6, 7]]), torch.tensor([2, 0, 1])
     with strapfmt.capture(model, tmp_path / "x.strap", sites="logits", quiet=True):
-        model(input_ids=torch.tensor([[5, 6, 7]]))
-        model(input_ids=torch.tensor([[5, 6, 7]]), logits_to_keep=1)
-    reader = Reader(tmp_path / "x.strap")
-    assert reader["logits"].row_space == "tokens"
-    assert reader["logits"].rows.tolist() == [0, 1, 2, 5]
+        model(input_ids=ids, logits_to_keep=chosen)
+    assert Reader(tmp_path / "x.strap")["logits"].row_space == "own"
+    said = r"site 'logits'.*tensor logits_to_keep, whose tokens are not known"
+    with strapfmt.capture(model, tmp_path / "y.strap", sites="logits", quiet=True):
+        model(input_ids=ids)
+        with pytest.raises(CaptureError, match=said):
+            model(input_ids=ids, logits_to_keep=chosen)
+    with (
+        pytest.raises(CaptureError, match=said),
+        strapfmt.capture(model, tmp_path / "y.strap", sites="logits", mode="append", quiet=True),
+    ):
+        model(input_ids=ids, logits_to_keep=chosen)
+    assert Reader(tmp_path / "y.strap")["logits"].rows.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("keep", [(0, 1), (1, 0)], ids=["whole first", "last first"])
+def test_logits_are_rows_of_tokens_whichever_pass_comes_first(keep: tuple[int, int], tmp_path: Path) -> None:
+    model, path, ids = tiny_model("llama"), tmp_path / "x.strap", torch.tensor([[5, 6, 7]])
+    given: list[torch.Tensor] = []
+    for rank, (first, second) in enumerate((keep, keep[::-1])):
+        with strapfmt.capture(model, path, sites="logits", rank=rank, quiet=True):
+            given += [model(input_ids=ids, logits_to_keep=n).logits.flatten(0, 1) for n in (first, second)]
+    with strapfmt.open(path) as ds:
+        expected = {0: [0, 1, 2], 1: [2]}
+        local = [[n + 3 * i for i in range(2) for n in expected[order[i]]] for order in (keep, keep[::-1])]
+        rows = local[0] + [(1 << 40) + n for n in local[1]]
+        assert ds["logits"].row_space == "tokens"
+        assert ds["logits"].rows.tolist() == rows
+        assert_same_bits(ds["logits"].take(rows), torch.cat(given))

@@ -290,8 +290,9 @@ class Hooks:
             )
         x = tap.point.read(args, kwargs, output)
         with self._producing:
-            layout = tap.layout or self._declare(tap, x, open_step.step)
-            if layout.ndim is None and x.dtype is layout.dtype and x.shape == open_step.batch + layout.shape:
+            layout = tap.layout or self._declare(tap, x, open_step)
+            is_whole = x.dtype is layout.dtype and x.shape == open_step.batch + layout.shape
+            if is_whole and layout.ndim is None and (open_step.keeps_last or not layout.is_head):
                 placed = open_step.whole
             else:
                 placed = layout.place(x, open_step.step, keeps_last=open_step.keeps_last)
@@ -310,15 +311,16 @@ class Hooks:
             elif placed.n_rows:
                 self._copy(layout, x.detach() if x.requires_grad else x, placed, call, open_step)
 
-    def _declare(self, tap: Tap, x: torch.Tensor, step: Step) -> Layout:
+    def _declare(self, tap: Tap, x: torch.Tensor, open_step: _OpenStep) -> Layout:
         tap.layout = declare(
             tap.point,
             x,
-            step,
+            open_step.step,
             is_head=tap.is_head,
             codec=self._codec,
             statistics=self._statistics,
             known=self._known.get(tap.point.site),
+            keeps_last=open_step.keeps_last,
         )
         self.devices.add(x.device)
         self._ring.publish(tap.layout.spec)

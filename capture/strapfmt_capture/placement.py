@@ -3,8 +3,11 @@
 `[n_sequences, n_query, *shape]` and `[n_sequences * n_query, *shape]` are one row a token. Anything else makes rows of
 its own: of a tensor with up to three dimensions every leading one counts rows and the last is a row's shape; of a
 larger one the first counts rows. (A tensor of one's own kind that happens to begin with the sizes of the batch cannot
-be told from tokens.) A head that computes the last positions only gives `[n_sequences, k, *shape]`, whose tokens are
-known nevertheless.
+be told from tokens.)
+
+The head of a language model may compute fewer positions, `[n_sequences, k, d_vocab]`. The last ones are rows of
+tokens, like all of them would be, so that the row space of logits does not depend on which pass comes first. Positions
+that the caller chose (`logits_to_keep` is a tensor) are of tokens unknown.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ class Placement:
     rows : int64 [n_rows] or None
         Their row ids, in the row space of the tokens.
     token_row : int64 [n_rows] or None
-        In a site's own row space, the token each belongs to, if that is known.
+        In a site's own row space, the token each belongs to, if that is known (of a head, in a dataset that
+        declared its logits so).
     """
 
     n_rows: int
@@ -90,53 +94,38 @@ class Layout:
         CaptureError
             If `x` is neither of the dtype and shape declared nor in their row space.
         """
-        if x.dtype is self.dtype:
-            is_last = keeps_last and self._is_last_positions(x, step)
-            found = self._tokens(x, step, is_last) if self.ndim is None else self._own(x, step, is_last)
-            if found is not None:
-                return found
-        raise CaptureError(self._complaint(x, step))
-
-    def _tokens(self, x: torch.Tensor, step: Step, is_last: bool) -> Placement | None:
-        if self._is_per_token(x, step):
-            return Placement(n_rows=len(step.rows), index=step.selected, rows=step.rows)
-        if is_last:
-            index, rows = _last_positions(step, x.shape[1])
+        tokens = self._tokens(x, step, keeps_last)
+        if x.dtype is self.dtype and self.ndim is None and tokens is not None:
+            index, rows = tokens
             return Placement(n_rows=len(rows), index=index, rows=rows)
-        return None
+        if x.dtype is self.dtype and self.ndim == x.ndim:
+            if self.is_head and tokens is not None:
+                index, rows = tokens
+                return Placement(n_rows=len(rows), index=index, token_row=rows)
+            lead = x.ndim - len(self.shape)
+            if x.shape[lead:] == self.shape:
+                return Placement(n_rows=math.prod(x.shape[:lead]), index=None)
+        raise CaptureError(self._complaint(x, step, keeps_last))
 
-    def _own(self, x: torch.Tensor, step: Step, is_last: bool) -> Placement | None:
-        assert self.ndim is not None
-        lead = self.ndim - len(self.shape)
-        if x.ndim != self.ndim or x.shape[lead:] != self.shape:
+    def _tokens(self, x: torch.Tensor, step: Step, keeps_last: bool) -> tuple[_Int64 | None, _Int64] | None:
+        """Places in `x` and row ids of the tokens it holds, None if it is not rows of tokens."""
+        lead = _token_dimensions(x, step, is_head=self.is_head, keeps_last=keeps_last)
+        if not lead or not _matches(x.shape[lead:], self.shape):
             return None
-        if is_last:
-            index, rows = _last_positions(step, x.shape[1])
-            return Placement(n_rows=len(rows), index=index, token_row=rows)
-        if self.is_head and self._is_per_token(x, step):
-            return Placement(n_rows=len(step.rows), index=step.selected, token_row=step.rows)
-        return Placement(n_rows=math.prod(x.shape[:lead]), index=None)
+        if lead == 2 and x.shape[1] < step.n_query:
+            return _last_positions(step, x.shape[1])
+        return step.selected, step.rows
 
-    def _is_per_token(self, x: torch.Tensor, step: Step) -> bool:
-        return step.is_language and (
-            (x.shape[:2] == (step.n_sequences, step.n_query) and _matches(x.shape[2:], self.shape))
-            or (x.shape[:1] == (step.n_sequences * step.n_query,) and _matches(x.shape[1:], self.shape))
-        )
-
-    def _is_last_positions(self, x: torch.Tensor, step: Step) -> bool:
-        return (
-            self.is_head
-            and step.is_language
-            and x.ndim == 2 + len(self.shape)
-            and x.shape[0] == step.n_sequences
-            and x.shape[1] < step.n_query
-            and _matches(x.shape[2:], self.shape)
-        )
-
-    def _complaint(self, x: torch.Tensor, step: Step) -> str:
+    def _complaint(self, x: torch.Tensor, step: Step, keeps_last: bool) -> str:
         row = "x".join(map(str, self.shape)).replace("-1", "?") or "a scalar"
         lead = f"[{step.n_sequences}, {step.n_query}" if self.ndim is None else "[n"
         expected = f"{self.spec.dtype} {lead}, *({row})], as at its first call"
+        if self.is_head and not keeps_last:
+            return (
+                f"site {self.spec.name!r} at {self.where}: expected rows of tokens, as at its first call; found "
+                f"{list(x.shape)} at positions chosen by a tensor logits_to_keep, whose tokens are not known; pass a "
+                "number, or capture this call into a dataset of its own"
+            )
         return (
             f"site {self.spec.name!r} at {self.where}: expected {expected}, found "
             f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}; a site holds rows of one kind: capture "
@@ -153,6 +142,7 @@ def declare(
     codec: str,
     statistics: tuple[str, ...],
     known: SiteSpec | None = None,
+    keeps_last: bool = True,
 ) -> Layout:
     """Decide at the first firing what a site holds.
 
@@ -168,6 +158,8 @@ def declare(
         As in `SiteSpec`.
     known : SiteSpec, optional
         What an earlier session, which is appended to, declared; its row space is kept.
+    keeps_last : bool
+        As in `Layout.place`.
 
     Raises
     ------
@@ -179,14 +171,15 @@ def declare(
             f"site {point.site!r} at {point.hook_point}: expected a plain dense tensor with values, found "
             f"a {type(x).__name__} ({x.layout}, on {x.device}); leave this site out"
         )
-    lead = _token_dimensions(x, step)
-    if point.heads_first and lead == 2 and x.ndim == 4:
-        shape: tuple[int, ...] = (x.shape[2], -1)
-        ndim: int | None = None
+    lead = _token_dimensions(x, step, is_head=is_head, keeps_last=keeps_last)
+    shape: tuple[int, ...]
+    ndim: int | None
+    if is_head and not keeps_last and known is not None and known.row_space == "tokens":
+        shape, ndim = known.shape, None  # `Layout.place` says what is wrong
+    elif point.heads_first and lead == 2 and x.ndim == 4:
+        shape, ndim = (x.shape[2], -1), None
     elif lead and (known is None or known.row_space == "tokens"):
         shape, ndim = tuple(x.shape[lead:]), None
-    elif is_head and known is not None and known.row_space == "tokens":
-        shape, ndim = tuple(x.shape[2:]), None
     else:
         lead = max(x.ndim - 1, 0) if x.ndim <= 3 else 1
         shape, ndim = tuple(x.shape[lead:]), x.ndim
@@ -213,13 +206,15 @@ def declare(
     return Layout(spec=spec, dtype=x.dtype, shape=shape, ndim=ndim, is_head=is_head, where=point.hook_point)
 
 
-def _token_dimensions(x: torch.Tensor, step: Step) -> int:
-    """How many leading dimensions of `x` are the tokens of the step: 2, 1 if they are flattened, or 0."""
-    if not step.is_language:
+def _token_dimensions(x: torch.Tensor, step: Step, *, is_head: bool, keeps_last: bool) -> int:
+    """How many leading dimensions of `x` are tokens of the step: 2, 1 if they are flattened, or 0 if none are."""
+    if not step.is_language or (is_head and not keeps_last):
         return 0
     if x.shape[:2] == (step.n_sequences, step.n_query):
         return 2
-    return 1 if x.shape[:1] == (step.n_sequences * step.n_query,) else 0
+    if x.shape[:1] == (step.n_sequences * step.n_query,):
+        return 1
+    return 2 * (is_head and x.ndim == 3 and x.shape[0] == step.n_sequences and x.shape[1] < step.n_query)
 
 
 def _matches(found: torch.Size, declared: tuple[int, ...]) -> bool:
