@@ -81,7 +81,7 @@ def writer(path: Path) -> Any:
         ("r", np.zeros(4, np.float16), {"rows": ROWS, "shapes": np.array([[2, 1], [1, 2]])}, r"\(2, -1\)"),
         ("r", np.zeros(4, np.float16), {"rows": ROWS, "shapes": np.array([[2, -1], [2, 3]])}, ">= 0"),
         ("r", np.zeros(4, np.float16), {"rows": ROWS, "shapes": np.array([[2], [2]])}, r"\[n, 2\]"),
-        ("o", np.zeros(2, np.uint8), {"rows": ROWS}, "expected none"),
+        ("o", np.zeros(2, np.uint8), {"rows": ROWS[::-1].copy()}, "strictly increasing"),
         ("o", np.zeros(2, np.uint8), {"token_row": np.zeros(3, int)}, "token_row"),
         ("o", np.zeros(2, np.uint8), {"call": 1.5}, "call"),
     ],

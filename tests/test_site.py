@@ -1,0 +1,334 @@
+"""A site as tensors and Arrow: what aliases the map and what is copied, what is found and what is refused."""
+
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+import torch
+from forge import Forger
+from small_datasets import Model, bits, check_routes, make_dataset, random_chunk, write_chunk
+
+from strapfmt import spec
+from strapfmt.dtypes import DTYPES
+from strapfmt.errors import ArgumentError, RowNotFoundError, ViewError
+from strapfmt.reader import Reader
+from strapfmt.schema import SiteSpec
+from strapfmt.site import Site
+from strapfmt.writer import DatasetWriter
+
+N = 100
+
+
+def write(
+    path: Path, site: SiteSpec, n_rows: int = N, *, gap: int = 0, rank: int | None = None, **options: Any
+) -> Model:
+    """Write `n_rows` rows of one site, their numbers `1 + gap` apart, and leave the dataset closed."""
+    model, rng = Model(), np.random.default_rng(4)
+    model.add_site(site)
+    rows = ((rank or 0) << spec.RANK_SHIFT) + np.arange(n_rows) * (1 + gap)
+    with DatasetWriter(path, rank=rank, **options) as writer:
+        writer.add_site(site)
+        chunk = random_chunk(site, n_rows, rng)
+        write_chunk(writer, site, chunk, None if site.row_space == "own" else rows)
+    model.add(site.name, chunk, None if site.row_space == "own" else rows)
+    return model
+
+
+def site_of(**options: Any) -> SiteSpec:
+    return SiteSpec(**({"name": "x", "dtype": "float32", "shape": (8,), "statistics": ()} | options))
+
+
+def mapped_ranges(name: str) -> list[tuple[int, int]]:
+    """Return the addresses at which a file is mapped into this process."""
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if name in line:
+            begin, end = line.split()[0].split("-")
+            ranges.append((int(begin, 16), int(end, 16)))
+    return ranges
+
+
+def is_mapped(tensor: torch.Tensor, name: str) -> bool:
+    first = tensor.data_ptr()
+    strides = [(n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
+    last = first + (sum(strides) + 1) * tensor.element_size()
+    return any(begin <= first and last <= end for begin, end in mapped_ranges(name))
+
+
+# Views.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_body_is_a_view_of_the_map_by_address(tmp_path: Path, dtype: str) -> None:
+    model = write(tmp_path / "a.strap", site_of(dtype=dtype))
+    with Reader(tmp_path / "a.strap") as reader:
+        site = reader["x"]
+        for tensor in (site.tensor(), site.tensor(copy=False), site[:], site[3:50]):
+            assert is_mapped(tensor, "000000.arrow")
+            assert tensor.dtype == DTYPES[dtype].torch
+        assert is_mapped(site[7], "000000.arrow")
+        assert bits(site.tensor()) == model.values("x").tobytes()
+        copies = [site.tensor(copy=True), site[::2], site.take([1]), site.gather([1])]
+        assert not any(is_mapped(tensor, "000000.arrow") for tensor in copies)
+        table = site.to_arrow()
+        buffer = table["activation"].chunk(0).flatten().buffers()[1]
+        assert buffer.address == site.tensor().data_ptr()
+
+
+@pytest.mark.parametrize(("shape", "batch_bytes"), [((8,), 1024), ((5, 3), 1000), ((), 64)])
+def test_views_are_strided_over_the_map(tmp_path: Path, shape: tuple[int, ...], batch_bytes: int) -> None:
+    model = write(tmp_path / "a.strap", site_of(shape=shape), 999, batch_bytes=batch_bytes)
+    with Reader(tmp_path / "a.strap") as reader:
+        site = reader["x"]
+        views = list(site.views())
+        assert site.n_batches > 4
+        assert len(views) <= 3
+        assert views[0].tensor.shape[1:] == (site.layout.batch_rows, *shape)
+        assert all(is_mapped(view.tensor, "000000.arrow") for view in views)
+        flat = b"".join(bits(view.tensor) for view in views)
+        assert flat == model.values("x").tobytes()
+        with pytest.raises(ViewError, match="no one contiguous body"):
+            site.tensor(copy=False)
+
+
+def test_a_view_outlives_the_reader(tmp_path: Path) -> None:
+    model = write(tmp_path / "a.strap", site_of())
+    reader = Reader(tmp_path / "a.strap")
+    tensor, row, table = reader["x"].tensor(), reader["x"][5], reader["x"].to_arrow()
+    views = [view.tensor for view in reader["x"].views()]
+    reader.close()
+    del reader
+    values = model.values("x")
+    assert bits(tensor) == bits(views[0]) == values.tobytes()
+    assert bits(row) == values[5].tobytes()
+    assert table["activation"].chunk(0).flatten().to_numpy().tobytes() == values.tobytes()
+    del tensor, row, table, views
+    assert mapped_ranges(str(tmp_path)) == []
+
+
+def test_writing_into_a_view_changes_this_process_only(tmp_path: Path) -> None:
+    model = write(tmp_path / "a.strap", site_of())
+    files = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with Reader(tmp_path / "a.strap") as reader:
+        tensor = reader["x"].tensor()
+        tensor.zero_()
+        for view in reader["x"].views():
+            view.tensor.add_(1)
+        assert tensor.unique().tolist() == [1.0]
+        assert bits(reader["x"].take([3])) == bits(tensor[3])
+    assert {file: file.read_bytes() for file in files} == files
+    with Reader(tmp_path / "a.strap", verify="always") as reader:
+        assert bits(reader["x"].tensor()) == model.values("x").tobytes()
+
+
+def test_gap_rows_are_never_visible(tmp_path: Path) -> None:
+    model = write(tmp_path / "a.strap", site_of(), gap=3, batch_bytes=256)
+    with Reader(tmp_path / "a.strap") as reader:
+        site = reader["x"]
+        assert site.rows.tolist() == list(range(0, 4 * N, 4))
+        assert site.tensor().shape == (N, 8)
+        check_routes(site, model, np.random.default_rng(0))
+        for missing in (1, 399, 4 * N, -1, 1 << 40, 1 << 62):
+            with pytest.raises(RowNotFoundError, match="use site\\[i:j\\] for ordinals") as caught:
+                site.take([0, missing, 4])
+            assert caught.value.missing == [missing]
+
+
+@pytest.mark.parametrize("codec", ["lz4", "zstd"])
+def test_a_compressed_site_has_no_views(tmp_path: Path, codec: str) -> None:
+    model = write(tmp_path / "a.strap", site_of(codec=codec))
+    with Reader(tmp_path / "a.strap") as reader:
+        with pytest.raises(ViewError, match="compressed"):
+            next(iter(reader["x"].views()))
+        with pytest.raises(ViewError, match="contiguous"):
+            reader["x"].tensor(copy=False)
+        check_routes(reader["x"], model, np.random.default_rng(0))
+
+
+def test_a_ragged_site_has_no_rectangle_and_says_what_to_use(tmp_path: Path) -> None:
+    write(tmp_path / "a.strap", site_of(shape=(2, -1)))
+    with Reader(tmp_path / "a.strap") as reader:
+        site = reader["x"]
+        for call in (
+            site.tensor,
+            lambda: site.take([1]),
+            lambda: site.gather([1]),
+            lambda: next(iter(site.views())),
+        ):
+            with pytest.raises(ViewError, match="scan"):
+                call()
+        assert site.to_arrow().column_names == ["activation", "shape", "row"]
+
+
+# Gathering.
+
+
+def test_out_is_filled_and_given_back(tmp_path: Path) -> None:
+    model = write(tmp_path / "a.strap", site_of(dtype="bfloat16"), batch_bytes=128)
+    with Reader(tmp_path / "a.strap") as reader:
+        site, out = reader["x"], torch.zeros((3, 8), dtype=torch.bfloat16)
+        assert site.take([5, 99, 5], out=out) is out
+        assert bits(out) == model.values("x")[[5, 99, 5]].tobytes()
+        wrong: list[torch.Tensor] = [
+            torch.zeros((2, 8), dtype=torch.bfloat16),
+            torch.zeros((3, 8)),
+            torch.zeros((3, 16), dtype=torch.bfloat16)[:, ::2],
+            torch.zeros(24, dtype=torch.bfloat16),
+            torch.empty((3, 8), dtype=torch.bfloat16, device="meta"),
+        ]
+        for tensor in wrong:
+            with pytest.raises(ArgumentError, match="out: expected contiguous"):
+                site.take([5, 99, 5], out=tensor)
+
+
+@pytest.mark.parametrize("ordinals", [[N], [-1], [0, 5, N], [1 << 40], [-(1 << 62)]])
+def test_ordinals_outside_are_refused(tmp_path: Path, ordinals: list[int]) -> None:
+    write(tmp_path / "a.strap", site_of(), batch_bytes=128)
+    with Reader(tmp_path / "a.strap") as reader:
+        with pytest.raises(IndexError, match="100 rows"):
+            reader["x"].gather(ordinals)
+        with pytest.raises(IndexError, match="ordinal"):
+            reader["x"][N]
+        with pytest.raises(IndexError, match="ordinal"):
+            reader["x"][-N - 1]
+
+
+@pytest.mark.parametrize("rows", [[1.5], ["a"], [[1]], 3, [True, False]])
+def test_rows_are_integers(tmp_path: Path, rows: Any) -> None:
+    write(tmp_path / "a.strap", site_of())
+    with Reader(tmp_path / "a.strap") as reader, pytest.raises(ArgumentError, match="expected integers"):
+        reader["x"].take(rows)
+
+
+def test_slices_are_those_of_a_list(tmp_path: Path) -> None:
+    values = write(tmp_path / "a.strap", site_of(), 23, batch_bytes=128).values("x")
+    with Reader(tmp_path / "a.strap") as reader:
+        site = reader["x"]
+        for key in [
+            slice(None),
+            slice(5, 5),
+            slice(9, 3),
+            slice(-7, None),
+            slice(None, -30),
+            slice(-100, 100),
+            slice(20, 2, -3),
+            slice(None, None, 7),
+            slice(100, None),
+        ]:
+            expected = values[key]
+            assert site[key].shape == expected.shape
+            assert bits(site[key]) == expected.tobytes()
+        with pytest.raises(ValueError, match="zero"):
+            site[::0]
+        assert len(list(site)) == 23
+
+
+def test_taking_nothing_is_an_empty_tensor(tmp_path: Path) -> None:
+    write(tmp_path / "a.strap", site_of(shape=(2, 3)))
+    with Reader(tmp_path / "a.strap") as reader:
+        assert reader["x"].take([]).shape == reader["x"][4:4].shape == (0, 2, 3)
+        assert reader["x"].take(np.empty(0, np.int64)).dtype == torch.float32
+
+
+# Ranks that differ.
+
+
+def test_ranks_with_other_batches_and_codecs_are_one_site(tmp_path: Path) -> None:
+    path, models = tmp_path / "a.strap", []
+    for rank, (codec, batch_bytes) in enumerate(
+        [("none", 100), ("zstd", 400), ("none", 3000), ("lz4", 1 << 20)]
+    ):
+        site = site_of(codec=codec)
+        models.append(write(path, site, 150, rank=rank, batch_bytes=batch_bytes, shard_bytes=5000))
+    whole = Model()
+    whole.add_site(site_of())
+    for model in models:
+        whole.chunks["x"] += model.chunks["x"]
+    with Reader(path, verify="always") as reader:
+        site = reader["x"]
+        assert reader.ranks == [0, 1, 2, 3]
+        values, rng = whole.values("x"), np.random.default_rng(1)
+        for _ in range(30):
+            chosen = rng.integers(0, 600, 50)
+            assert bits(site.gather(chosen)) == values[chosen].tobytes()
+            start, stop = np.sort(rng.integers(0, 601, 2)).tolist()
+            assert bits(site[start:stop]) == values[start:stop].tobytes()
+        assert b"".join(bits(row) for row in site) == values.tobytes()
+        np.testing.assert_array_equal(site.rows, whole.rows("x"))
+        with pytest.raises(ViewError):
+            list(site.views())
+
+
+def test_a_batch_size_that_lies_is_refused_or_does_no_harm(tmp_path: Path) -> None:
+    model = write(tmp_path / "a.strap", site_of(), 40, batch_bytes=400)
+    values = model.values("x")
+    honest = Forger(tmp_path / "a.strap").manifest["sites"][0]["layout"]["batch_rows"]
+    for batch_rows in (0, 1, 2, honest - 1, honest + 1, 39, 40, 41, 1 << 32):
+        Forger(tmp_path / "a.strap").edit(
+            lambda manifest, n=batch_rows: manifest["sites"][0]["layout"].update(batch_rows=n)
+        )
+        with Reader(tmp_path / "a.strap") as reader:
+            chosen = np.arange(40)[::-1].copy()
+            assert bits(reader["x"].gather(chosen)) == values[::-1].tobytes(), batch_rows
+
+
+# Arrow.
+
+
+def test_scan_projects_filters_limits_and_cuts(tmp_path: Path) -> None:
+    site = site_of(statistics=("l2_norm", "n_nonfinite"))
+    with DatasetWriter(tmp_path / "a.strap", batch_bytes=500) as writer:
+        writer.add_site(site)
+        norms = np.arange(N, dtype=np.float32)
+        statistics = {"l2_norm": norms, "n_nonfinite": np.arange(N) % 3}
+        writer.write("x", np.ones((N, 8), np.float32), rows=np.arange(N), statistics=statistics)
+    with Reader(tmp_path / "a.strap") as reader:
+        found = reader["x"]
+        kept = [r for b in found.scan(["row"], where=pc.field("l2_norm") >= 90) for r in b["row"].to_pylist()]
+        assert kept == list(range(90, N))
+        sizes = [len(b) for b in found.scan(batch_size=7, limit=20, where=pc.field("n_nonfinite") == 1)]
+        assert sizes == [7, 7, 6]
+        assert list(found.scan(limit=0)) == []
+        assert next(found.scan(["n_nonfinite", "row"])).schema.names == ["n_nonfinite", "row"]
+        with pytest.raises(ArgumentError, match="no columns"):
+            list(found.scan(["activations"]))
+        with pytest.raises(ArgumentError, match="batch_size"):
+            list(found.scan(batch_size=0))
+        table = found.to_arrow(["row", "l2_norm"])
+        assert table.num_rows == N
+        field = found.to_arrow().schema.field("activation")
+        assert field.metadata[b"ARROW:extension:name"] == b"strapfmt.tensor"
+        assert pa.types.is_fixed_size_list(field.type)
+
+
+def test_batches_are_hashed_when_first_touched(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "a.strap")
+    with Reader(tmp_path / "a.strap") as reader:
+        site: Site = reader["blocks.0.resid_post"]
+        n_bytes = site.n_unverified_bytes
+        site.take(site.rows)
+        assert 0 < site.n_unverified_bytes <= n_bytes
+        site.verify_batches(0, 1)
+        after_one = site.n_unverified_bytes
+        assert after_one < n_bytes
+        list(site.scan(["row"]))
+        assert site.n_unverified_bytes == 0
+
+
+def test_reading_needs_no_descriptors(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "a.strap", n_steps=12, shard_bytes=1500)
+    n_open = len(os.listdir("/proc/self/fd"))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Reader(tmp_path / "a.strap") as reader:
+        kept = [reader[name].to_arrow() for name in reader.names]
+        assert len(os.listdir("/proc/self/fd")) == n_open
+        resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 8, before[1]))
+        try:
+            assert all(len(table) for table in kept)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
