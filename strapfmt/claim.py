@@ -19,7 +19,7 @@ from strapfmt.errors import (
     WriterConflictError,
 )
 from strapfmt.manifest import Manifest
-from strapfmt.mapped import read_file
+from strapfmt.mapped import absolute_path, read_file
 
 __all__ = ["check_writable", "claim_rank", "rank_from_environment"]
 
@@ -100,14 +100,14 @@ def _read_manifest(root: Path) -> Manifest:
     return manifest
 
 
-def check_writable(path: str | Path, *, rank: int | None = None, mode: str = "create") -> None:
-    """Check, changing nothing, that a writer could be opened.
+def check_writable(path: str | Path, *, rank: int | None = None, mode: str = "create") -> Path:
+    """Check, changing nothing, that a writer could be opened; return the path as it stays, absolute.
 
     Raises
     ------
     ArgumentError, DatasetExistsError, DatasetNotFoundError, WriterConflictError
     """
-    path = Path(path)
+    path = absolute_path(path)
     if mode not in ("create", "overwrite", "append"):
         raise ArgumentError(f"mode: expected 'create', 'overwrite' or 'append'; got {mode!r}")
     if rank is not None and not 0 <= rank <= spec.MAX_RANK:
@@ -122,6 +122,7 @@ def check_writable(path: str | Path, *, rank: int | None = None, mode: str = "cr
         if (root / spec.LOCK_NAME).exists():
             Lock(root).release()
         raise DatasetExistsError(_exists_message(path, rank or 0))
+    return path
 
 
 def rank_from_environment() -> int | None:

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from strapfmt.errors import ArgumentError
-from strapfmt.query import Result, Source, quoted, run_query
+from strapfmt.query import Result, Source, check_condition, quoted, run_query
 from strapfmt.reader import Reader
 from strapfmt.site import Site
-from strapfmt.text import visible
+from strapfmt.text import shown_path
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +101,7 @@ class Dataset(Reader):
         CorruptError
             If stored data turned out to be damaged.
         """
+        self._check_open()
         return run_query(self._source, query, params, timeout_s=timeout_s, memory_limit=memory_limit)
 
     def loader(
@@ -112,6 +113,7 @@ class Dataset(Reader):
         seed: int = 0,
         where: str | None = None,
         rows: npt.ArrayLike | None = None,
+        own_rows: npt.ArrayLike | None = None,
         drop_last: bool = False,
         dtype: torch.dtype | None = None,
         with_rows: bool = False,
@@ -135,8 +137,12 @@ class Dataset(Reader):
         seed : int
         where : str, optional
             An SQL condition over the columns of `tokens` and of the sites: `"not is_special and l2_norm < 1000"`.
+            Statistics leave out values that are not finite, so a row of NaN alone has an l2_norm of 0: add
+            `and n_nonfinite = 0` where that matters.
         rows : int64 array, optional
-            Only these row ids (and, with `where`, only those of them that it keeps).
+            Only these row ids of tokens (and, with `where`, only those of them that it keeps).
+        own_rows : int64 array, optional
+            The same for a site that numbers its rows itself: its own numbers, `own_row` in SQL.
         drop_last : bool
             Full batches only, equally many in every shard.
         dtype : torch.dtype, optional
@@ -159,12 +165,14 @@ class Dataset(Reader):
         from strapfmt.loader import Loader
 
         names = [sites] if isinstance(sites, str) else list(sites)
-        chosen = None if rows is None else _row_ids(rows)
+        chosen = self._chosen(names, rows, own_rows)
         if where is not None:
             kept = self._rows_where([self[name] for name in names], where)
             if not len(kept):
                 raise ArgumentError(f"where: no row of {', '.join(names)} has {where!r}")
-            chosen = kept if chosen is None else np.intersect1d(chosen, kept)
+            if chosen is not None and not np.isin(chosen, kept).any():
+                raise ArgumentError(f"where: none of the {len(chosen)} rows asked for has {where!r}")
+            chosen = kept if chosen is None else chosen[np.isin(chosen, kept)]
         return Loader(
             self,
             names,
@@ -181,17 +189,19 @@ class Dataset(Reader):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Dataset._reopen, (str(self.path.absolute()), self.verify)
+        return Dataset._reopen, (str(self.path), self.verify)
 
     @classmethod
     def _reopen(cls, path: str, verify: Verify) -> Dataset:
         return cls(path, verify=verify)
 
     def __repr__(self) -> str:
+        if self._is_closed:
+            return f"Dataset {shown_path(self.path)}: closed"
         report = self.report
         unfinished = [str(rank.rank) for rank in report.ranks if not rank.is_clean]
         lines = [
-            f"Dataset {visible(str(self.path))}: {report.n_tokens:,} tokens of {report.n_sequences:,} sequences "
+            f"Dataset {shown_path(self.path)}: {report.n_tokens:,} tokens of {report.n_sequences:,} sequences "
             f"in {report.n_steps:,} steps"
         ]
         if unfinished:
@@ -211,6 +221,16 @@ class Dataset(Reader):
         """Let go of all maps; tensors and tables that were handed out keep theirs alive."""
         super().close()
         self._source = Source(tables={}, sites={})
+
+    def _chosen(
+        self, names: Sequence[str], rows: npt.ArrayLike | None, own_rows: npt.ArrayLike | None
+    ) -> Integers | None:
+        if rows is None and own_rows is None:
+            return None
+        parts = [self[name].checked_rows(rows, own_rows, "loader") for name in names]
+        if parts and not len(parts[0]):
+            raise ArgumentError("rows: expected at least one, got none")
+        return parts[0] if parts else None
 
     def _site_listing(self) -> pa.Table:
         accounts = {account.name: account for account in self.report.sites}
@@ -239,8 +259,7 @@ class Dataset(Reader):
 
     def _rows_where(self, sites: Sequence[Site], where: str) -> Integers:
         """Return the row ids that all of `sites` hold and a condition over them and their tokens keeps, ascending."""
-        if not where.strip():
-            raise ArgumentError("where: expected an SQL condition, got nothing")
+        check_condition(where)
         source = self._source
         first, *others = [quoted(source.name_of(site.name)) for site in sites]
         if sites[0].row_space == "own":
@@ -251,13 +270,6 @@ class Dataset(Reader):
         query = f"SELECT {row} AS id FROM {first}{joined} {tokens} WHERE (\n{where}\n)"
         result = run_query(source, query)
         return np.sort(result.to_arrow()["id"].to_numpy())
-
-
-def _row_ids(rows: npt.ArrayLike) -> Integers:
-    array = np.asarray(rows)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ArgumentError(f"rows: expected integers [n], got {array.dtype} {list(array.shape)}")
-    return array.astype(np.int64)
 
 
 _SITES_SCHEMA = pa.schema(

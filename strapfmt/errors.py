@@ -9,6 +9,7 @@
     ├── DatasetExistsError (FileExistsError)  the path is taken
     ├── DatasetNotFoundError (FileNotFoundError)
     ├── DatasetChangedError (RuntimeError)    a live writer moved on: call refresh()
+    ├── DatasetClosedError (RuntimeError)     read after `close()`
     ├── WriterConflictError (RuntimeError)    two writers claimed one rank
     ├── WriterClosedError (RuntimeError)      used after close or abort
     ├── WriteError (OSError)                  the disk refused; the cause is chained, its errno kept
@@ -34,6 +35,7 @@ __all__ = [
     "CompiledModelError",
     "CorruptError",
     "DatasetChangedError",
+    "DatasetClosedError",
     "DatasetExistsError",
     "DatasetNotFoundError",
     "DrainError",
@@ -89,7 +91,11 @@ class DatasetNotFoundError(StrapfmtError, FileNotFoundError):
 
 
 class DatasetChangedError(StrapfmtError, RuntimeError):
-    """A live writer replaced a file this reader had not opened yet: call `refresh()`."""
+    """A file not opened yet was replaced, by a live writer or with the whole dataset: call `refresh()`."""
+
+
+class DatasetClosedError(StrapfmtError, RuntimeError):
+    """The dataset was closed before: open it again."""
 
 
 class WriterConflictError(StrapfmtError, RuntimeError):

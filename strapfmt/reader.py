@@ -18,16 +18,18 @@ from strapfmt.errors import (
     ArgumentError,
     CorruptError,
     DatasetChangedError,
+    DatasetClosedError,
     DatasetNotFoundError,
     SiteNotFoundError,
     UnsupportedError,
 )
 from strapfmt.manifest import Manifest, Shard
-from strapfmt.mapped import read_file
+from strapfmt.mapped import absolute_path, read_file
 from strapfmt.report import RankReport, Report, SiteReport, shape_text
 from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, site_schema
 from strapfmt.sequence import SequenceView
 from strapfmt.shard_reader import ShardReader
+from strapfmt.sharded import integers_of
 from strapfmt.site import Site
 from strapfmt.table import TableView
 from strapfmt.text import table_of
@@ -64,7 +66,9 @@ class Reader:
     def __init__(self, path: str | Path, *, verify: Verify = "touch") -> None:
         if verify not in ("touch", "always"):
             raise ArgumentError(f"verify: expected 'touch' or 'always', got {verify!r}")
-        self.path, self.verify = Path(path), verify
+        #: Absolute, so that a change of directory means nothing.
+        self.path, self.verify = absolute_path(path), verify
+        self._is_closed = False
         self._shards: dict[tuple[Any, ...], ShardReader] = {}
         self.refresh()
 
@@ -72,6 +76,7 @@ class Reader:
 
     def refresh(self) -> bool:
         """Move on to the last commit; return whether there was a newer one."""
+        self._check_open()
         before = getattr(self, "manifests", None)
         for attempt in range(_ATTEMPTS):
             manifests, self._pending = _read_manifests(self.path)
@@ -99,7 +104,7 @@ class Reader:
                     shard.pin()
         #: The manifest of each rank.
         self.manifests = manifests
-        self._sites, self._tables = sites, tables
+        self._loaded_sites, self._loaded_tables = sites, tables
 
     def _load_site(
         self, name: str, manifests: Mapping[int, Manifest], before: Mapping[tuple[Any, ...], ShardReader]
@@ -163,7 +168,22 @@ class Reader:
     def close(self) -> None:
         """Let go of all maps; tensors and tables that were handed out keep theirs alive."""
         self._shards = {}
-        self._sites, self._tables = {}, {}
+        self._loaded_sites, self._loaded_tables = {}, {}
+        self._is_closed = True
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise DatasetClosedError(f"{self.path}: this dataset was closed; open it again")
+
+    @property
+    def _sites(self) -> dict[str, Site]:
+        self._check_open()
+        return self._loaded_sites
+
+    @property
+    def _tables(self) -> dict[str, TableView]:
+        self._check_open()
+        return self._loaded_tables
 
     def __enter__(self) -> Self:
         return self
@@ -187,6 +207,7 @@ class Reader:
 
     def shards(self) -> Iterator[ShardReader]:
         """Yield every shard of every table and site, for what looks at files rather than rows."""
+        self._check_open()
         yield from self._shards.values()
 
     @property
@@ -200,9 +221,7 @@ class Reader:
         return SitesView(self._sites)
 
     def __getitem__(self, name: str) -> Site:
-        if name not in self._sites:
-            raise SiteNotFoundError(name, self._sites)
-        return self._sites[name]
+        return self.sites[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._sites
@@ -214,14 +233,14 @@ class Reader:
         return len(self._sites)
 
     def tensors(
-        self, names: Sequence[str], rows: npt.ArrayLike | None = None
+        self, names: str | Sequence[str], rows: npt.ArrayLike | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the same tokens of several sites.
 
         Parameters
         ----------
-        names : sequence of str
-            Sites whose row space is that of the tokens.
+        names : str or sequence of str
+            One site, or several, whose row space is that of the tokens.
         rows : int64 [n], optional
             Row ids. None: all rows that every one of the sites holds.
 
@@ -233,7 +252,7 @@ class Reader:
         """
         import torch
 
-        sites = [self[name] for name in names]
+        sites = [self[name] for name in ([names] if isinstance(names, str) else names)]
         for site in sites:
             if site.row_space != "tokens":
                 raise ArgumentError(
@@ -242,7 +261,7 @@ class Reader:
         if rows is None:
             wanted = _common([site.rows for site in sites])
         else:
-            wanted = np.asarray(rows, np.int64)
+            wanted = integers_of(rows, "rows")
         tensors = {
             site.name: site.tensor() if np.array_equal(site.rows, wanted) else site.take(wanted)
             for site in sites
@@ -327,6 +346,8 @@ class Reader:
         )
 
     def __repr__(self) -> str:
+        if self._is_closed:
+            return f"{type(self).__name__}({str(self.path)!r}: closed)"
         return f"{type(self).__name__}({str(self.path)!r}: {len(self.tokens)} tokens, {len(self)} sites)"
 
 
@@ -336,7 +357,12 @@ class SitesView(Mapping[str, Site]):
     def __init__(self, sites: Mapping[str, Site]) -> None:
         self._sites = sites
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._sites
+
     def __getitem__(self, name: str) -> Site:
+        if not isinstance(name, str):
+            raise ArgumentError(f"expected the name of a site, got {name!r}; rows are counted in each site")
         if name not in self._sites:
             raise SiteNotFoundError(name, self._sites)
         return self._sites[name]

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from strapfmt.text import table_of, visible
+from strapfmt.text import shown_path, table_of
 
 __all__ = [
     "RankReport",
@@ -195,9 +195,7 @@ class VerifyReport:
 
     def __str__(self) -> str:
         verdict = "valid" if self.valid else f"{len(self.problems)} problem(s)"
-        lines = [
-            f"{visible(str(self.path))}: {verdict}; {self.n_rows} rows, {size_text(self.n_bytes)} checked"
-        ]
+        lines = [f"{shown_path(self.path)}: {verdict}; {self.n_rows} rows, {size_text(self.n_bytes)} checked"]
         lines += [f"  problem: {problem}" for problem in self.problems]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -274,7 +272,7 @@ class RepairReport:
             for entry in (*self.tables, *self.sites)
         ]
         lines = [
-            f"{visible(str(self.path))} -> {visible(str(self.out))}",
+            f"{visible(str(self.path))} -> {shown_path(self.out)}",
             table_of(("name", "rank", "committed", "rescued", "problems"), rows),
             *(f"  problem: {problem}" for entry in (*self.tables, *self.sites) for problem in entry.problems),
             *(f"  note: {note}" for note in self.notes),

@@ -58,7 +58,7 @@ class SequenceView:
         """The tokens' texts joined ("" where none was stored)."""
         return "".join(text or "" for text in self.tokens.column("token").to_pylist())
 
-    def tensors(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    def tensors(self, names: str | Sequence[str]) -> dict[str, torch.Tensor]:
         """Return tensors [n_tokens, *shape] of several sites, copies.
 
         Raises

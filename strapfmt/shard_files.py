@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +15,10 @@ import pyarrow.ipc
 from strapfmt import spec
 from strapfmt.arrowfile import digest
 from strapfmt.codecs import CODECS
-from strapfmt.errors import CorruptError, UnsupportedError
+from strapfmt.errors import CorruptError, DatasetChangedError, FormatError, UnsupportedError
 from strapfmt.index import ShardIndex
-from strapfmt.manifest import ROLES, Layout, Part, Shard
-from strapfmt.mapped import map_file
+from strapfmt.manifest import ROLES, Layout, Manifest, Part, Shard
+from strapfmt.mapped import map_file, read_file
 from strapfmt.schema import SiteSpec
 
 __all__ = ["ShardFiles"]
@@ -75,7 +77,8 @@ class ShardFiles:
     def index(self) -> ShardIndex:
         """The index, mapped and checked on first use."""
         if self._index is None:
-            self._index = self._read_index()
+            with self._changes_told():
+                self._index = self._read_index()
             self._verified = np.zeros(len(self._index.batches), bool)
         return self._index
 
@@ -148,20 +151,50 @@ class ShardFiles:
     @property
     def _maps(self) -> _Mapped:
         if self._mapped is None:
-            index, data, tail = self.index, self._part("data"), self.shard.part("tail")
-            if data.n_bytes != index.data_end():
-                raise CorruptError(
-                    f"{self.place}: the manifest says {data.n_bytes} bytes, the index {index.data_end()}"
-                )
-            if (tail is not None) != index.has_tail:
-                raise CorruptError(f"{self.place}: manifest and index disagree on whether there is a tail")
-            mapped = _Mapped(map_file(self.root, data.file, data.n_bytes), memoryview(b""))
-            self._check_ends(mapped.data, data, is_tail=False)
-            if tail is not None:
-                mapped.tail = map_file(self.root, tail.file, tail.n_bytes)
-                self._check_ends(mapped.tail, tail, is_tail=True)
-            self._mapped = mapped
+            with self._changes_told():
+                self._mapped = self._map()
         return self._mapped
+
+    def _map(self) -> _Mapped:
+        index, data, tail = self.index, self._part("data"), self.shard.part("tail")
+        if data.n_bytes != index.data_end():
+            raise CorruptError(
+                f"{self.place}: the manifest says {data.n_bytes} bytes, the index {index.data_end()}"
+            )
+        if (tail is not None) != index.has_tail:
+            raise CorruptError(f"{self.place}: manifest and index disagree on whether there is a tail")
+        mapped = _Mapped(map_file(self.root, data.file, data.n_bytes), memoryview(b""))
+        self._check_ends(mapped.data, data, is_tail=False)
+        if tail is not None:
+            mapped.tail = map_file(self.root, tail.file, tail.n_bytes)
+            self._check_ends(mapped.tail, tail, is_tail=True)
+        if self.shard.is_sealed:
+            # Its index may have been read long before: a dataset written anew meanwhile has files of the same names.
+            self._index_bytes()
+        return mapped
+
+    @contextmanager
+    def _changes_told(self) -> Iterator[None]:
+        """Tell damage from files that were replaced since the manifest was read."""
+        try:
+            yield
+        except CorruptError as error:
+            if self._is_committed():
+                raise
+            raise DatasetChangedError(
+                f"{self.place}: the dataset was replaced or moved on since it was opened; refresh() or open it again"
+            ) from error
+
+    def _is_committed(self) -> bool:
+        """Whether the manifest, read again, lists this shard as it was; also if that cannot be said."""
+        try:
+            data = read_file(self.root, spec.MANIFEST_NAME, spec.MAX_MANIFEST_BYTES)
+            manifest = Manifest.decode(data, str(self.root))
+        except (FormatError, FileNotFoundError):
+            return True
+        shards = [shard for site in manifest.sites for shard in site.shards]
+        shards += [shard for table in manifest.tables for shard in table.shards]
+        return any(shard.parts == self.shard.parts for shard in shards)
 
     def _check_ends(self, memory: memoryview, part: Part, *, is_tail: bool) -> None:
         """Check magic, schema and footer, and that every message lies inside."""
@@ -193,7 +226,8 @@ class ShardFiles:
             if np.any((batches["offset"] + batches["header_bytes"].astype(np.uint64)) % np.uint64(unit)):
                 raise CorruptError(f"{place}: a body does not begin at a multiple of {unit} bytes")
 
-    def _read_index(self) -> ShardIndex:
+    def _index_bytes(self) -> memoryview:
+        """Map the index and compare it with the manifest."""
         part = self._part("index")
         place = str(self.root / part.file)
         if part.n_bytes > spec.MAX_INDEX_BYTES:
@@ -201,6 +235,10 @@ class ShardFiles:
         data = map_file(self.root, part.file, part.n_bytes)
         if digest(data).hex() != part.hash:
             raise CorruptError(f"{place}: the manifest's checksum does not match the index")
+        return data
+
+    def _read_index(self) -> ShardIndex:
+        data, place = self._index_bytes(), str(self.root / self._part("index").file)
         index = ShardIndex.decode(data, place)
         runs = index.runs
         if index.n_rows != self.shard.n_rows or index.is_sealed != self.shard.is_sealed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,11 +111,17 @@ class Site(ShardedRows):
     def __getitem__(self, key: SupportsIndex | slice) -> torch.Tensor:
         """Return rows by ordinal: a view where they lie in one body, else a copy."""
         if isinstance(key, slice):
-            start, stop, step = key.indices(self.n_rows)
+            start, stop, step = _indices(key, self.n_rows)
             if step == 1:
                 return self._slice(start, max(start, stop))
             return self.gather(np.arange(start, stop, step))
-        ordinal = key.__index__()
+        try:
+            ordinal = operator.index(key)
+        except TypeError:
+            raise ArgumentError(
+                f"site {self.name!r}: [...] takes one ordinal or a slice, got {key!r}; gather(ordinals) takes a list, "
+                "take() row ids"
+            ) from None
         if not -self.n_rows <= ordinal < self.n_rows:
             raise IndexError(f"site {self.name!r} has {self.n_rows} rows, got ordinal {ordinal}")
         ordinal %= self.n_rows
@@ -163,13 +170,21 @@ class Site(ShardedRows):
             for first, tensor in shard.views():
                 yield View(first_ordinal=start + first, tensor=tensor)
 
-    def take(self, rows: npt.ArrayLike, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    def take(
+        self,
+        rows: npt.ArrayLike | None = None,
+        *,
+        own_rows: npt.ArrayLike | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Return the rows with these row ids, in this order, repeats allowed: [n, *shape], a copy.
 
         Parameters
         ----------
         rows : int64 [n]
-            Row ids as in the column `row`.
+            Row ids of tokens, as in the column `row`.
+        own_rows : int64 [n]
+            Instead of `rows` where the site numbers its rows itself: `own_row` in SQL, `site.rows` in all.
         out : tensor [n, *shape], optional
             Contiguous memory of the site's dtype to fill; fresh memory costs several times the copy.
 
@@ -177,9 +192,37 @@ class Site(ShardedRows):
         ------
         RowNotFoundError
             If the site does not hold one of them.
+        ArgumentError
+            With `rows` on a site of own rows, whose numbers would stand for other tokens, and the other way round.
         """
         self._check_fixed("take()")
-        return self.gather(self.ordinals_of(rows), out=out)
+        return self.gather(self.ordinals_of(self.checked_rows(rows, own_rows, "take")), out=out)
+
+    def checked_rows(
+        self, rows: npt.ArrayLike | None, own_rows: npt.ArrayLike | None, what: str
+    ) -> npt.NDArray[np.int64]:
+        """Return whichever of the two was given and fits this site's row space, int64 [n].
+
+        Raises
+        ------
+        ArgumentError
+            If it is the other one, or not exactly one was given; `what` names the method.
+        """
+        if self.row_space == "own" and rows is not None:
+            raise ArgumentError(
+                f"site {self.name!r} numbers its rows itself, so rows of the tokens table mean nothing there; "
+                f"{what}(own_rows=...) wants its own numbers (`own_row` in SQL). Those of some tokens: SELECT own_row "
+                f'FROM "{self.name}" WHERE token_row IN (...)'
+            )
+        if self.row_space != "own" and own_rows is not None:
+            raise ArgumentError(
+                f"site {self.name!r} has the rows of the tokens table: {what}(rows=...); own_rows= is for sites that "
+                "number their rows themselves"
+            )
+        name, given = ("own_rows", own_rows) if self.row_space == "own" else ("rows", rows)
+        if given is None:
+            raise ArgumentError(f"site {self.name!r}: {what}() wants {name}=")
+        return integers_of(given, name)
 
     def gather(self, ordinals: npt.ArrayLike, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return rows by ordinal, as `take` does by row id."""
@@ -211,13 +254,16 @@ class Site(ShardedRows):
         columns : iterable of str, optional
             All by default.
         where : str or pyarrow.compute.Expression, optional
-            SQL over the columns of `tokens` and this site, or an Arrow expression over the site's columns.
+            SQL over the columns of `tokens` and this site, or an Arrow expression over the site's columns. Statistics
+            leave out values that are not finite: a row of NaN alone has an l2_norm of 0, so add `n_nonfinite = 0`.
         limit : int, optional
             At most so many rows.
         batch_size : int, optional
             Rows in every batch but the last; as stored by default. Stored batches alias the map, others are copies.
         """
         wanted = self._columns(columns)
+        if where is not None and not isinstance(where, (str, pc.Expression)):
+            raise ArgumentError(f"where: expected SQL text or a pyarrow expression, got {where!r}")
         batches = self._filtered(where)
         if limit is not None:
             batches = limited(batches, limit)
@@ -343,6 +389,13 @@ class Site(ShardedRows):
                 else:
                     batch = shard.batch(number, verify=True)
                     yield batch if where is None else batch.filter(where)
+
+
+def _indices(key: slice, n_rows: int) -> tuple[int, int, int]:
+    try:
+        return key.indices(n_rows)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"[...]: expected a slice of whole numbers, got {key}: {error}") from None
 
 
 def _check_out(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, site: str) -> None:

@@ -1,8 +1,9 @@
 """Owns how text from a model is shown to a person: never as raw control or direction characters."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-__all__ = ["table_of", "visible"]
+__all__ = ["shown_path", "table_of", "visible"]
 
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\"}
 
@@ -36,6 +37,14 @@ def visible(text: str, max_chars: int | None = None) -> str:
     if max_chars is not None and len(shown) > max_chars:
         return shown[: max(max_chars - 1, 0)] + "…"
     return shown
+
+
+def shown_path(path: str | Path) -> str:
+    """Return a path as a person wants to see it: below the working directory from there, else whole; escaped."""
+    try:
+        return visible(str(Path(path).relative_to(Path.cwd())))
+    except (ValueError, OSError):  # elsewhere, or the working directory is gone
+        return visible(str(path))
 
 
 def _visible_character(character: str) -> str:

@@ -23,6 +23,7 @@ from strapfmt.errors import ArgumentError, SiteNotFoundError, WriterClosedError
 from strapfmt.json_fields import plain_json
 from strapfmt.layout import body_alignment, plan_layout
 from strapfmt.manifest import COUNTERS, Counts, Layout, Manifest, Shard, SiteEntry, file_slug
+from strapfmt.mapped import absolute_path
 from strapfmt.report import SiteCount, WriteSummary
 from strapfmt.row_checks import check_columns, check_values
 from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, site_schema, with_session
@@ -86,7 +87,7 @@ class DatasetWriter:
                 "batch_bytes and shard_bytes: expected >= 1; commit_interval_s: expected >= 0"
             )
         facts = plain_json(provenance or {}, "provenance")
-        self.path, self.rank, self.codec = Path(path), rank or 0, codec
+        self.path, self.rank, self.codec = absolute_path(path), rank or 0, codec
         self._batch_bytes, self._shard_bytes = batch_bytes, shard_bytes
         self._commit_interval_s = commit_interval_s
         self._disk = disk or Disk()

@@ -66,3 +66,61 @@ def test_ranks_that_declare_a_site_differently_say_how(tmp_path: Path) -> None:
     site = strapfmt.open(tmp_path / "x.strap")["a.site"]
     with pytest.raises(UnsupportedError, match=r"its shape is \(4,\) in rank 0 and \(8,\) in rank 1"):
         site.tensor()
+
+
+def test_a_writer_stays_where_it_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    writer = DatasetWriter("x.strap")
+    assert writer.path == tmp_path / "x.strap"
+    writer.add_site(SiteSpec(name="s", dtype="float32", shape=(2,), statistics=()))
+    for directory in ("elsewhere", ".."):
+        monkeypatch.chdir(directory)
+        first = writer.reserve("row", 3)
+        writer.write("s", np.ones((3, 2), np.float32), rows=np.arange(first, first + 3))
+        writer.wait()
+        writer.commit()
+    writer.close()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    with strapfmt.open(tmp_path / "x.strap") as dataset:
+        assert dataset["s"].n_rows == 6
+
+
+@pytest.mark.parametrize("entered", [False, True])
+def test_a_capture_stays_where_it_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, entered: bool
+) -> None:
+    import torch
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    session = strapfmt.capture(model, "x.strap", sites="0", quiet=True)
+    if not entered:
+        monkeypatch.chdir("elsewhere")
+    with session:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        model(torch.ones(3, 2))
+    assert session.path == tmp_path / "x.strap"
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    with strapfmt.open(session.path) as dataset:
+        assert dataset["0"].n_rows > 0
+
+
+def test_a_recording_stays_where_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with strapfmt.create("x.strap") as recording:
+        monkeypatch.chdir("elsewhere")
+        recording.write("s", torch.ones(3, 2))
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    with strapfmt.open(tmp_path / "x.strap") as dataset:
+        assert dataset["s"].n_rows == 3
+
+
+def test_what_is_no_path_is_refused() -> None:
+    for wrong in (None, 3, b"x.strap"):
+        with pytest.raises(ArgumentError, match="path: expected"):
+            DatasetWriter(wrong)  # type: ignore[arg-type]

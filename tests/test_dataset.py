@@ -1,6 +1,7 @@
 """A dataset as a user holds it: opening, SQL conditions in scans, copies of it, and how it shows itself."""
 
 import pickle
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,14 @@ import torch
 from stored import random_values, write_dataset, write_site
 
 import strapfmt
-from strapfmt.errors import ArgumentError, DatasetNotFoundError, QueryError
+from strapfmt.errors import (
+    ArgumentError,
+    CorruptError,
+    DatasetChangedError,
+    DatasetClosedError,
+    DatasetNotFoundError,
+    QueryError,
+)
 from strapfmt.reader import Reader
 from strapfmt.writer import DatasetWriter
 
@@ -118,8 +126,160 @@ def test_repr_says_when_it_was_not_closed(tmp_path):
     writer.close()
 
 
-def test_closing_makes_the_data_unreachable(path):
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda ds: ds["own"],
+        lambda ds: ds.sites,
+        lambda ds: ds.names,
+        lambda ds: ds.tokens,
+        lambda ds: ds.tables,
+        lambda ds: ds.report,
+        lambda ds: ds.refresh(),
+        lambda ds: ds.sql("select 1"),
+        lambda ds: ds.tensors("own"),
+        lambda ds: ds.sequence(0),
+        lambda ds: ds.loader("own", batch_size=1),
+        lambda ds: len(ds),
+        lambda ds: "own" in ds,
+    ],
+)
+def test_a_closed_dataset_says_so(path, use):
     dataset = strapfmt.open(path)
     dataset.close()
-    with pytest.raises(LookupError):
-        dataset["own"]
+    with pytest.raises(DatasetClosedError, match=r"run\.strap: this dataset was closed"):
+        use(dataset)
+
+
+def test_closing_twice_and_showing_what_is_closed_are_fine(path):
+    dataset = strapfmt.open(path)
+    dataset.close()
+    dataset.close()
+    assert repr(dataset).endswith("run.strap: closed")
+    with Reader(path) as reader:
+        pass
+    assert "closed" in repr(reader)
+
+
+def test_a_relative_path_survives_a_change_of_directory(path, values, monkeypatch, tmp_path):
+    monkeypatch.chdir(path.parent)
+    with strapfmt.open("run.strap") as dataset:
+        monkeypatch.chdir(tmp_path)
+        assert dataset.path == path
+        assert torch.equal(dataset["blocks.0.mlp_out"].tensor(), values)
+        assert not dataset.refresh()
+
+
+@pytest.mark.parametrize("wrong", [None, 3, b"run.strap"])
+def test_what_is_no_path_is_refused(wrong):
+    with pytest.raises(ArgumentError, match="path: expected"):
+        strapfmt.open(wrong)
+
+
+def test_row_ids_of_tokens_are_refused_by_a_site_of_own_rows(ds):
+    site = ds["own"]
+    with pytest.raises(ArgumentError, match=r"mean nothing there; take\(own_rows=\.\.\.\).*token_row"):
+        site.take([0, 1])
+    with pytest.raises(ArgumentError, match="own_rows="):
+        site.take()
+    assert torch.equal(site.take(own_rows=[2, 0]), torch.ones(2, 2))
+    query = 'SELECT own_row FROM "own" WHERE token_row = 6'
+    assert site.take(own_rows=ds.sql(query).to_arrow()["own_row"].to_numpy()).shape == (1, 2)
+
+
+def test_own_rows_are_refused_by_a_site_of_tokens(ds, values):
+    site = ds["blocks.0.mlp_out"]
+    with pytest.raises(ArgumentError, match=r"take\(rows=\.\.\.\)"):
+        site.take(own_rows=[0])
+    with pytest.raises(ArgumentError, match="wants rows="):
+        site.take()
+    assert torch.equal(site.take(rows=[3]), values[3:4])
+
+
+def test_one_site_may_be_named_alone(ds, values):
+    rows, tensors = ds.tensors("blocks.0.mlp_out", rows=[4, 2])
+    assert rows.tolist() == [4, 2]
+    assert torch.equal(tensors["blocks.0.mlp_out"], values[[4, 2]])
+    assert list(ds.sequence(0).tensors("blocks.0.mlp_out")) == ["blocks.0.mlp_out"]
+    with pytest.raises(ArgumentError, match="rows: expected integers"):
+        ds.tensors("blocks.0.mlp_out", rows=[0.5])
+
+
+@pytest.mark.parametrize("key", ["a", [1, 2], 1.5, None, slice("a", None), slice(0, 1, 0)])
+def test_what_is_no_ordinal_is_refused(ds, key):
+    with pytest.raises(ArgumentError, match=r"ordinal|slice"):
+        ds["own"][key]
+
+
+@pytest.mark.parametrize("key", [3, None, ("own",)])
+def test_what_is_no_name_is_refused(ds, key):
+    with pytest.raises(ArgumentError, match="name of a site"):
+        ds[key]
+    assert key not in ds.sites
+    assert "own" in ds.sites
+
+
+@pytest.mark.parametrize(
+    "where", ["row) or (1=1", "true) -- ", "true order by row", "true) union select (1", "1; select 1", "/* "]
+)
+def test_a_condition_is_one_expression(ds, where):
+    with pytest.raises(QueryError, match="one SQL condition"):
+        list(ds["own"].scan(where=where))
+
+
+@pytest.mark.parametrize("where", [5, " ", ["true"]])
+def test_a_condition_is_text(ds, where):
+    with pytest.raises(ArgumentError, match="where: expected"):
+        list(ds["own"].scan(where=where))
+
+
+def test_a_condition_may_hold_brackets_comments_and_lists(ds):
+    where = "(own_row IN (0, 1)) AND ')' <> '(' -- nothing )"
+    assert [batch.num_rows for batch in ds["own"].scan(where=where)] == [2]
+
+
+# A dataset that is replaced while it is read.
+
+
+def _write(path, fill, n_rows=40, width=4, mode="create"):
+    write_dataset(path, {"x": torch.full((n_rows, width), float(fill))}, batch_bytes=256, mode=mode)
+
+
+@pytest.mark.parametrize("size", [{}, {"n_rows": 7}, {"n_rows": 90}, {"width": 3}])
+@pytest.mark.parametrize("with_index", [False, True])
+def test_a_dataset_that_was_replaced_says_so(tmp_path, size, with_index):
+    path = tmp_path / "a.strap"
+    _write(path, 1)
+    with strapfmt.open(path) as dataset:
+        site = dataset["x"]
+        if with_index:
+            assert site.n_batches > 1
+        shutil.rmtree(path)
+        _write(path, 2, **size)
+        for use in (site.tensor, lambda: site.take([0]), lambda: list(site.scan()), site.to_arrow):
+            with pytest.raises(DatasetChangedError, match="replaced"):
+                use()
+        assert dataset.refresh()
+        assert dataset["x"].take([0])[0, 0] == 2
+
+
+def test_what_was_read_before_a_replacement_stays(tmp_path):
+    path = tmp_path / "a.strap"
+    _write(path, 1)
+    with strapfmt.open(path) as dataset:
+        whole = dataset["x"].tensor()
+        shutil.rmtree(path)
+        _write(path, 2)
+        assert torch.equal(whole, torch.ones(40, 4))
+        assert dataset["x"].take([3])[0, 0] == 1
+
+
+def test_damage_is_no_replacement(tmp_path):
+    path = tmp_path / "a.strap"
+    _write(path, 1)
+    (index,) = path.glob("rank-00000/sites/*/*.idx")
+    data = bytearray(index.read_bytes())
+    data[40] ^= 1
+    index.write_bytes(data)
+    with strapfmt.open(path) as dataset, pytest.raises(CorruptError):
+        dataset["x"].tensor()

@@ -310,6 +310,28 @@ def test_the_state_of_another_loader_is_refused(ds, change, named):
         ds.loader("a", **{"shuffle": "block", **OPTIONS, **change}).load_state_dict(state)
 
 
+@pytest.mark.parametrize("state", [None, 5, "{}", [1]])
+def test_what_is_no_state_is_refused(ds, state):
+    with pytest.raises(ArgumentError, match="state_dict"):
+        ds.loader("a", **OPTIONS).load_state_dict(state)
+
+
+def test_a_state_beyond_the_end_is_refused(ds):
+    loader = ds.loader("a", **OPTIONS)
+    state = loader.state_dict()
+    loader.load_state_dict({**state, "batch": loader.n_batches})
+    for wrong in ({"batch": loader.n_batches + 1}, {"first_epoch": 1}, {"batch": True}, {"loader": 5}):
+        with pytest.raises(ArgumentError, match="state: expected"):
+            loader.load_state_dict({**state, **wrong})
+
+
+def test_own_rows_are_chosen_by_their_own_numbers(ds):
+    ((_, rows),) = ds.loader("own", own_rows=[4, 1], **OPTIONS)
+    assert rows.tolist() == [1, 4]
+    ((_, rows),) = ds.loader("own", own_rows=[4, 1], where="token_row = 40", **OPTIONS)
+    assert rows.tolist() == [4]
+
+
 @pytest.mark.parametrize("state", [{}, {"version": 2}, {"batch": -1}, {"epoch": "1"}, {"loader": {}}])
 def test_a_damaged_state_is_refused(ds, state):
     loader = ds.loader("a", **OPTIONS)
@@ -442,6 +464,25 @@ def test_block_shuffle_holds_one_pool_and_its_batches(tmp_path):
         ("a", {"seed": -1}, "seed"),
         ("a", {"rows": [1, 1]}, "each row once"),
         ("a", {"rows": [0.5]}, "rows: expected integers"),
+        ("a", {"rows": []}, "rows: expected at least one"),
+        ("a", {"rows": [1], "where": "row = 2"}, "none of the 1 rows"),
+        ("a", {"own_rows": [1]}, r"loader\(rows=\.\.\.\)"),
+        ("own", {"rows": [0]}, r"mean nothing there; loader\(own_rows="),
+        ("own", {"own_rows": []}, "at least one"),
+        ("a", {"batch_size": 10**9, "drop_last": True}, "no full batch"),
+        ("a", {"batch_size": N, "drop_last": True, "shard": (0, 2)}, "no full batch"),
+        ("a", {"batch_size": 2.5}, "batch_size"),
+        ("a", {"batch_size": "5"}, "batch_size"),
+        ("a", {"batch_size": None}, "batch_size"),
+        ("a", {"batch_size": True}, "batch_size"),
+        ("a", {"epochs": 1.5}, "epochs"),
+        ("a", {"shuffle": []}, "shuffle"),
+        ("a", {"seed": "a"}, "seed"),
+        ("a", {"seed": 0.5}, "seed"),
+        ("a", {"shard": 3}, "shard"),
+        ("a", {"shard": (0, 1.5)}, "shard"),
+        ("a", {"shard": "01"}, "shard"),
+        ("a", {"dtype": "float32"}, "torch.dtype"),
         ("a", {"where": "  "}, "where"),
         ("a", {"where": "row < 0"}, "no row"),
         ([], {}, "one or more"),

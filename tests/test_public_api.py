@@ -21,6 +21,7 @@ PUBLIC = [
     "CorruptError",
     "Dataset",
     "DatasetChangedError",
+    "DatasetClosedError",
     "DatasetExistsError",
     "DatasetNotFoundError",
     "DrainError",

@@ -1,10 +1,12 @@
 """Text from a model cannot drive a terminal, and stays readable."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strapfmt.text import visible
+from strapfmt.text import shown_path, visible
 
 
 @pytest.mark.parametrize(
@@ -42,3 +44,14 @@ def test_result_is_printable_and_stands_for_one_text_only(text: str) -> None:
 @given(st.text(st.characters(codec=None)), st.integers(1, 12))
 def test_cut_text_keeps_to_its_limit(text: str, limit: int) -> None:
     assert len(visible(text, limit)) <= limit
+
+
+def test_a_path_is_shown_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "sub" / "a\x1b.strap"
+    monkeypatch.chdir(tmp_path)
+    assert shown_path(path) == "sub/a\\x1b.strap"
+    (tmp_path / "sub" / "gone").mkdir(parents=True)
+    monkeypatch.chdir("sub/gone")
+    assert shown_path(path) == f"{tmp_path}/sub/a\\x1b.strap"
+    (tmp_path / "sub" / "gone").rmdir()
+    assert shown_path(path) == f"{tmp_path}/sub/a\\x1b.strap"

@@ -9,7 +9,7 @@ from typing import Any
 
 from strapfmt.report import shape_text, size_text
 from strapfmt.schema import SiteSpec
-from strapfmt.text import table_of, visible
+from strapfmt.text import shown_path, table_of, visible
 from strapfmt_capture.listing import SiteInfo
 
 __all__ = ["CaptureReport", "Estimate", "SiteAccount", "estimate"]
@@ -113,7 +113,7 @@ class CaptureReport:
     def summary(self) -> str:
         """Return one line: path, rows, and what was dropped and where."""
         line = (
-            f"{visible(str(self.path))}: {self.n_rows} rows of {len(self.sites)} sites from {self.n_tokens} tokens "
+            f"{shown_path(self.path)}: {self.n_rows} rows of {len(self.sites)} sites from {self.n_tokens} tokens "
             f"({size_text(self.n_bytes)}), {self.n_dropped} dropped"
         )
         if self.state == "failed":

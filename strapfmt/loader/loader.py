@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from strapfmt.errors import ArgumentError
 from strapfmt.loader.buffers import Buffers
-from strapfmt.loader.order import FULL_SHUFFLE_BYTES, FULL_SHUFFLE_ROWS, Epoch, Order, Shuffle
+from strapfmt.loader.order import FULL_SHUFFLE_BYTES, FULL_SHUFFLE_ROWS, Epoch, Order, Shuffle, is_whole
 from strapfmt.loader.selection import Selection, Sites, as_integers
 
 __all__ = ["Batch", "Loader"]
@@ -50,7 +50,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
     seed : int
         The order is a function of this, of the epoch and of what is stored.
     rows : int64 array, optional
-        Only these row ids, each once. The order without shuffling stays that of the dataset.
+        Only these row ids, as in the site's `rows`, each once. The order without shuffling stays that of the dataset.
     drop_last : bool
         Leave out the rows beyond the last full batch; every shard then yields equally many batches.
     dtype : torch.dtype, optional
@@ -88,6 +88,8 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         pool_rows: int | None = None,
     ) -> None:
         _check_counts(batch_size=batch_size, epochs=epochs, pool_rows=pool_rows)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ArgumentError(f"dtype: expected a torch.dtype such as torch.float32, got {dtype!r}")
         self.names = [names] if isinstance(names, str) else list(names)
         self.batch_size, self.drop_last, self.epochs = batch_size, drop_last, epochs
         self.dtype, self.with_rows = dtype, with_rows
@@ -101,6 +103,11 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
             pool_rows=-(-pool // batch_size) * batch_size,
             shard=shard,
         )
+        if self._order.n_rows and drop_last and not self.n_batches:
+            raise ArgumentError(
+                f"drop_last: a shard of {self._order.smallest_size} rows holds no full batch of {batch_size}; choose a "
+                "smaller batch_size"
+            )
         self._first_epoch, self._epoch, self._batch = 0, 0, 0
         self._is_resumed = False
         self._hash: str | None = None
@@ -225,6 +232,8 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         ArgumentError
             If the state is not that of a loader like this one; the message names what differs.
         """
+        if not isinstance(state, Mapping) or not isinstance(state.get("loader", {}), Mapping):
+            raise ArgumentError(f"state: expected what state_dict() returned, got {state!r}")
         if state.get("version") != _STATE_VERSION:
             raise ArgumentError(f"state: expected version {_STATE_VERSION}, got {state.get('version')!r}")
         mine, theirs = self._identity(), dict(state.get("loader", {}))
@@ -233,9 +242,14 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
             what = "; ".join(f"{key}: here {mine[key]!r}, there {theirs.get(key)!r}" for key in differing)
             raise ArgumentError(f"state: it belongs to another loader ({what})")
         place = [state.get(key) for key in ("first_epoch", "epoch", "batch")]
-        if not all(isinstance(number, int) and number >= 0 for number in place):
+        if not all(type(number) is int and number >= 0 for number in place):
             raise ArgumentError(f"state: expected first_epoch, epoch and batch to be counts, got {place}")
-        self._first_epoch, self._epoch, self._batch = (int(number) for number in place if number is not None)
+        first, epoch, batch = (int(number) for number in place if number is not None)
+        if epoch < first or batch > self.n_batches:
+            raise ArgumentError(
+                f"state: expected epoch >= {first} and batch <= {self.n_batches}, got {epoch} and {batch}"
+            )
+        self._first_epoch, self._epoch, self._batch = first, epoch, batch
         self._is_resumed = True
 
     def _identity(self) -> dict[str, Any]:
@@ -262,10 +276,10 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         )
 
 
-def _check_counts(**counts: int | None) -> None:
+def _check_counts(**counts: Any) -> None:
     for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ArgumentError(f"{name}: expected a number >= 1, got {count}")
+        if not (is_whole(count) and count >= 1) and not (count is None and name != "batch_size"):
+            raise ArgumentError(f"{name}: expected a whole number >= 1, got {count!r}")
 
 
 def _kind(shuffle: bool | str, selection: Selection) -> Shuffle:
@@ -274,7 +288,7 @@ def _kind(shuffle: bool | str, selection: Selection) -> Shuffle:
         is_small = n_rows * selection.row_bytes <= FULL_SHUFFLE_BYTES and n_rows <= FULL_SHUFFLE_ROWS
         return "full" if is_small and all(site.codec == "none" for site in selection.sites) else "block"
     kinds: dict[bool | str, Shuffle] = {False: "none", "full": "full", "block": "block"}
-    if shuffle not in kinds:
+    if not isinstance(shuffle, (bool, str)) or shuffle not in kinds:
         raise ArgumentError(f"shuffle: expected True, False, 'full' or 'block', got {shuffle!r}")
     return kinds[shuffle]
 

@@ -3,5 +3,6 @@
 from strapfmt.query.relations import Source, StoredSite, quoted
 from strapfmt.query.result import Result
 from strapfmt.query.run import run_query
+from strapfmt.query.statement import check_condition
 
-__all__ = ["Result", "Source", "StoredSite", "quoted", "run_query"]
+__all__ = ["Result", "Source", "StoredSite", "check_condition", "quoted", "run_query"]

@@ -12,9 +12,9 @@ from typing import Any
 
 import duckdb
 
-from strapfmt.errors import QueryError
+from strapfmt.errors import ArgumentError, QueryError
 
-__all__ = ["NAMES_TABLE", "TABLE_FUNCTIONS", "Statement", "read_statement"]
+__all__ = ["NAMES_TABLE", "TABLE_FUNCTIONS", "Statement", "check_condition", "read_statement"]
 
 NAMES_TABLE = "__strap_names"  # what SHOW TABLES reads
 
@@ -101,6 +101,30 @@ def read_statement(connection: duckdb.DuckDBPyConnection, query: str) -> Stateme
     # What runs is what was checked: the words before it are written anew.
     before = f"EXPLAIN {explain[1] or ''} " if explain else ""
     return _describe(before + select, nodes)
+
+
+def check_condition(condition: str) -> None:
+    """Check that a text is one SQL expression, so that brackets around it hold all of it.
+
+    Raises
+    ------
+    ArgumentError
+        If it is no text, or empty.
+    QueryError
+        If it is no expression, or more than one.
+    """
+    if not isinstance(condition, str) or not condition.strip():
+        raise ArgumentError(f"where: expected an SQL condition, got {condition!r}")
+    # What parses bare and in brackets neither closes a bracket that it did not open nor goes on with another clause.
+    with duckdb.connect(":memory:") as connection:
+        for query in (f"SELECT 1 WHERE\n{condition}\n", f"SELECT 1 WHERE (\n{condition}\n)"):
+            try:
+                statements = connection.extract_statements(query)
+            except duckdb.Error as error:
+                why = str(error).split("\n")[0]
+                raise QueryError(f"where: expected one SQL condition, got {condition!r}: {why}") from None
+            if len(statements) != 1:
+                raise QueryError(f"where: expected one SQL condition, got {condition!r}")
 
 
 def _syntax_tree(connection: duckdb.DuckDBPyConnection, select: str) -> Node:
