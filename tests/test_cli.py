@@ -265,6 +265,17 @@ def test_sql_csv_keeps_text_and_lists_whole(run: Run, dataset: Path) -> None:
     assert json.loads(rows[5][1]) == [40, 41, 42, 43, 44, 45, 46, 47]
 
 
+def test_sql_csv_writes_times_and_blobs_as_plain_text(run: Run, dataset: Path) -> None:
+    query = (
+        "SELECT TIMESTAMP '2026-01-02 03:04:05' AS at, DATE '2026-01-02' AS day, 'ab'::BLOB AS raw, "
+        "1.50::DECIMAL(4, 2) AS price, NULL AS nothing, true AS yes, 'x, \"y\"' AS text, [1, 2] AS list"
+    )
+    outcome = run("sql", dataset, query, "--format", "csv")
+    ((*plain, text, many),) = list(csv.reader(io.StringIO(outcome.out)))[1:]
+    assert plain == ["2026-01-02T03:04:05", "2026-01-02", "6162", "1.50", "", "True"]
+    assert (text, json.loads(many)) == ('x, "y"', [1, 2])
+
+
 def test_sql_table_says_how_many_rows_it_left_out(run: Run, dataset: Path) -> None:
     outcome = run("sql", dataset, "SELECT row FROM tokens", "--max-rows", 2)
     assert len(outcome.out.splitlines()) == 3
@@ -462,6 +473,42 @@ def test_installed_program_runs_and_survives_a_closed_pipe(dataset: Path) -> Non
     command = f"{shlex.join([*program, 'sql', str(dataset), query, '--format', 'csv'])} | head -n 1"
     piped = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     assert (piped.stdout, piped.stderr) == ("row\n", "")
+
+
+@pytest.mark.parametrize("options", [["--format", "csv"], ["--json"], ["--max-rows", "200000"]])
+def test_a_closed_pipe_is_no_problem_found(dataset: Path, options: list[str]) -> None:
+    query = "SELECT a.row FROM range(20000) a(row)"
+    program = [sys.executable, "-m", "strapfmt.cli", "sql", str(dataset), query, *options]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["head"]])
+def test_a_full_disk_behind_stdout_is_named(dataset: Path, arguments: list[str]) -> None:
+    program = [sys.executable, "-m", "strapfmt.cli", *arguments, str(dataset)]
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr == "error: [Errno 28] writing to stdout: No space left on device\n"
+
+
+def test_append_to_what_is_missing_speaks_of_options(run: Run, tmp_path: Path) -> None:
+    outcome = run(*capture_arguments(tmp_path / "run.strap", "--append"))
+    assert outcome.code == 2
+    assert "leave out --append" in outcome.err
+    assert "mode=" not in outcome.err
+
+
+@pytest.mark.parametrize("option", ["--temperature", "--top-p"])
+def test_options_of_sampling_need_sampling(run: Run, tmp_path: Path, option: str) -> None:
+    outcome = run(*capture_arguments(tmp_path / "run.strap", option, "0.5"))
+    assert outcome.code == 2
+    assert f"{option} means nothing without --do-sample" in outcome.err
 
 
 def test_script_is_installed_under_its_name() -> None:

@@ -28,7 +28,7 @@ for _command in (
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exit: 0 done, 1 a problem was found, 2 wrong usage or input.
+    """Run one command and exit: 0 done, 1 a problem was found, 2 wrong usage or input, 141 stdout's reader gone.
 
     Parameters
     ----------

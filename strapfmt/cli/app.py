@@ -18,7 +18,7 @@ app = typer.Typer(
         "Capture a language model's activations to disk, query them in SQL, train on them.\n\n"
         "Start with: strapfmt demo. Every command takes --json, which prints one JSON document on stdout; "
         "progress and remarks go to stderr. Exit codes: 0 done, 1 a problem was found (verify, repair), "
-        "2 wrong usage or input."
+        "2 wrong usage or input, 141 the reader of a pipe has gone."
     ),
     no_args_is_help=True,
     add_completion=False,

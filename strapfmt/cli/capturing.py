@@ -3,7 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from rich.text import Text
 from strapfmt.cli.app import JsonOption, new_dataset
 from strapfmt.cli.models import Generation, LanguageModel, load
 from strapfmt.cli.output import console, notes, print_json
-from strapfmt.errors import ArgumentError
+from strapfmt.errors import ArgumentError, DatasetNotFoundError
 from strapfmt.report import size_text
 from strapfmt.text import visible
 
@@ -55,8 +56,12 @@ def capture(
     do_sample: Annotated[
         bool, typer.Option("--do-sample", help="Sample instead of taking the likeliest.")
     ] = False,
-    temperature: Annotated[float, typer.Option(help="With --do-sample.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="With --do-sample.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="With --do-sample. [default: 1.0]", show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="With --do-sample. [default: 1.0]", show_default=False)
+    ] = None,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams of a beam search.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of torch's random numbers.")] = 0,
     dtype: Annotated[
@@ -83,6 +88,9 @@ def capture(
     """Run prompts through a model and store its activations."""
     if overwrite and append:
         raise ArgumentError("--overwrite and --append: choose one")
+    for option, given in (("--temperature", temperature), ("--top-p", top_p)):
+        if given is not None and not do_sample:
+            raise ArgumentError(f"{option} means nothing without --do-sample: add it, or leave {option} out")
     prompts = [*(prompt or []), *(read_prompts(prompts_file) if prompts_file else [])]
     if not prompts:
         raise ArgumentError("nothing to run: give --prompt or --prompts-file")
@@ -90,8 +98,8 @@ def capture(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         do_sample=do_sample,
-        temperature=temperature,
-        top_p=top_p,
+        temperature=1.0 if temperature is None else temperature,
+        top_p=1.0 if top_p is None else top_p,
         num_beams=num_beams,
         seed=seed,
     )
@@ -169,7 +177,7 @@ def capture_prompts(
     import strapfmt
 
     n_tokens = sum(language_model.count_tokens(prompts, generation))
-    with new_dataset(out, "--overwrite replaces it, --append adds to it"):
+    with new_dataset(out, "--overwrite replaces it, --append adds to it"), _appending(out):
         recording = strapfmt.capture(
             language_model.model,
             out,
@@ -190,6 +198,16 @@ def capture_prompts(
         "generations": [{"prompt": prompt, "continuation": new} for prompt, new in generations],
         "duration_s": time.monotonic() - started,
     }
+
+
+@contextmanager
+def _appending(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except DatasetNotFoundError as error:
+        raise DatasetNotFoundError(
+            f"{out}: no dataset to append to; leave out --append to make one"
+        ) from error
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -2,12 +2,15 @@
 
 import csv
 import dataclasses
+import datetime
 import json
 import math
+import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +18,20 @@ from rich.text import Text
 
 from strapfmt.text import visible
 
-__all__ = ["cell", "console", "notes", "plain_json", "print_csv", "print_json", "print_table", "printable"]
+__all__ = [
+    "EXIT_CLOSED_PIPE",
+    "cell",
+    "console",
+    "notes",
+    "plain_json",
+    "print_csv",
+    "print_json",
+    "print_table",
+    "printable",
+    "writing_stdout",
+]
+
+EXIT_CLOSED_PIPE = 141  # as a shell shows a program that SIGPIPE ended
 
 _PIPED_WIDTH = 120
 _CELL_CHARS = 60
@@ -35,12 +51,57 @@ def notes() -> Console:
 def _console(*, stderr: bool) -> Console:
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
     width = None if is_terminal else _PIPED_WIDTH
-    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    return _Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
+
+
+class _Console(Console):
+    """A console whose failures look like those of `print`."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if self.stderr:
+            super().print(*objects, **options)
+            return
+        with writing_stdout():
+            super().print(*objects, **options)
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError
+
+
+@contextmanager
+def writing_stdout() -> Iterator[None]:
+    """Flush stdout at the end; say of a failure that it was stdout's, and leave quietly where nobody reads on.
+
+    Raises
+    ------
+    OSError
+        If stdout cannot be written.
+    SystemExit
+        With `EXIT_CLOSED_PIPE`, if its reader has gone.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_stdout()
+        sys.exit(EXIT_CLOSED_PIPE)
+    except OSError as error:
+        _discard_stdout()
+        raise OSError(error.errno, f"writing to stdout: {error.strerror}") from error
+
+
+def _discard_stdout() -> None:
+    """Send what is still buffered nowhere, as Python would try to write it once more when it exits."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def print_json(value: object) -> None:
     """Print one JSON document to stdout."""
-    print(json.dumps(plain_json(value), indent=2, allow_nan=False))
+    text = json.dumps(plain_json(value), indent=2, allow_nan=False)
+    with writing_stdout():
+        print(text)
 
 
 def plain_json(value: Any) -> Any:
@@ -68,16 +129,25 @@ def printable(text: str) -> str:
 
 
 def print_csv(names: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print comma-separated values to stdout, lists as JSON; on a terminal, text is made safe to show."""
+    """Print comma-separated values to stdout: times as ISO 8601, blobs in hex, lists and structs as JSON.
+
+    On a terminal, text is made safe to show.
+    """
     show = visible if sys.stdout.isatty() else str
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow([show(name) for name in names])
-    for row in rows:
-        writer.writerow([show(item) if isinstance(item, str) else _csv_value(item) for item in row])
+    with writing_stdout():
+        writer.writerow([show(name) for name in names])
+        for row in rows:
+            writer.writerow([show(item) if isinstance(item, str) else _csv_value(item) for item in row])
 
 
 def _csv_value(value: object) -> object:
-    return value if value is None or isinstance(value, int | float) else json.dumps(plain_json(value))
+    if value is None or isinstance(value, int | float):
+        return value
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    plain = plain_json(value)
+    return plain if isinstance(plain, str) else json.dumps(plain)
 
 
 def print_table(

@@ -13,7 +13,7 @@ from strapfmt.cli.app import DatasetPath, JsonOption, SiteName
 from strapfmt.cli.output import console, notes, print_csv, print_json, print_table
 from strapfmt.dtypes import DType
 from strapfmt.report import shape_text, size_text
-from strapfmt.text import visible
+from strapfmt.text import shown_path, visible
 
 __all__ = ["Format", "head", "info", "sql", "stats"]
 
@@ -63,7 +63,7 @@ def _show_info(document: dict[str, Any]) -> None:
     out = console()
     state = "clean" if document["is_clean"] else "NOT closed: a writer is at work, or it crashed"
     out.print(
-        f"{visible(document['path'])}: {document['n_tokens']:,} tokens in {document['n_sequences']:,} sequences and "
+        f"{shown_path(document['path'])}: {document['n_tokens']:,} tokens in {document['n_sequences']:,} sequences and "
         f"{document['n_steps']:,} steps; {state}"
     )
     for rank in document["ranks"]:
