@@ -129,7 +129,7 @@ class Report:
     def __str__(self) -> str:
         n_bytes = sum(site.n_bytes for site in self.sites)
         lines = [
-            f"{visible(str(self.path))}: {self.n_tokens} tokens in {self.n_sequences} sequences and {self.n_steps} "
+            f"{shown_path(self.path)}: {self.n_tokens} tokens in {self.n_sequences} sequences and {self.n_steps} "
             f"steps, {len(self.sites)} sites, {size_text(n_bytes)}"
         ]
         lines += [_rank_line(rank) for rank in self.ranks]
@@ -272,7 +272,7 @@ class RepairReport:
             for entry in (*self.tables, *self.sites)
         ]
         lines = [
-            f"{visible(str(self.path))} -> {shown_path(self.out)}",
+            f"{shown_path(self.path)} -> {shown_path(self.out)}",
             table_of(("name", "rank", "committed", "rescued", "problems"), rows),
             *(f"  problem: {problem}" for entry in (*self.tables, *self.sites) for problem in entry.problems),
             *(f"  note: {note}" for note in self.notes),
