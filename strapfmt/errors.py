@@ -107,10 +107,10 @@ class WriterClosedError(StrapfmtError, RuntimeError):
 
 
 class WriteError(StrapfmtError, OSError):
-    """Writing failed; nothing more is accepted, the last commit stays readable."""
+    """Writing failed; nothing more is accepted. `outcome` says what is left, by default the last commit."""
 
-    def __init__(self, cause: BaseException) -> None:
-        message = f"writing stopped after a failure; the last commit stays readable: {type(cause).__name__}: {cause}"
+    def __init__(self, cause: BaseException, outcome: str = "the last commit stays readable") -> None:
+        message = f"writing stopped after a failure; {outcome}: {type(cause).__name__}: {cause}"
         if isinstance(cause, OSError) and cause.errno is not None:
             super().__init__(cause.errno, message)
         else:

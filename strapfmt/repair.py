@@ -6,25 +6,34 @@ a schema that names its site and session, and each record batch carries hashes o
 
 from __future__ import annotations
 
-import struct
+import os
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.ipc
 
 from strapfmt import spec
-from strapfmt.arrowfile import check_message, decoded_bytes, is_compressed, message_bytes
-from strapfmt.errors import ArgumentError, DatasetNotFoundError, FormatError
-from strapfmt.index import ShardIndex
-from strapfmt.manifest import COUNTERS, Manifest
-from strapfmt.mapped import map_file, read_file
+from strapfmt.errors import (
+    ArgumentError,
+    DatasetExistsError,
+    DatasetNotFoundError,
+    FormatError,
+    StrapfmtError,
+    WriteError,
+    WriterConflictError,
+)
+from strapfmt.manifest import COUNTERS, Manifest, SiteEntry, TableEntry, file_slug
+from strapfmt.mapped import read_file
 from strapfmt.report import RepairReport, SiteRepair
+from strapfmt.salvage import Stream, open_streams
 from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, read_site, site_schema
+from strapfmt.unfinished import UnfinishedSteps
 from strapfmt.writer import DatasetWriter
 
 __all__ = ["RepairReport", "SiteRepair", "repair"]
@@ -50,23 +59,11 @@ _TABLE_KEYS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Stream:
-    """One data or tail file found on disk."""
-
-    file: str
-    number: int
-    is_tail: bool
-    memory: memoryview
-    schema: pa.Schema
-    start: int
-    session: int
-
-
 def repair(path: str | Path, out: str | Path) -> RepairReport:
     """Rescue a dataset into a new one at `out`.
 
-    Row ids, sites, tables and provenance are kept. The new dataset is closed cleanly.
+    Row ids, sites, tables and provenance are kept. A step that a crash cut, of which only tokens are
+    left, gets a row in `steps` with status "abandoned". The new dataset is closed cleanly.
 
     Parameters
     ----------
@@ -85,6 +82,8 @@ def repair(path: str | Path, out: str | Path) -> RepairReport:
         If there is nothing to rescue at `path`.
     DatasetExistsError
         If `out` exists.
+    WriteError
+        If the new dataset cannot be written, as on a full disk. Nothing of it is left then.
     """
     path, out = Path(path), Path(out)
     ranks = sorted(
@@ -96,13 +95,40 @@ def repair(path: str | Path, out: str | Path) -> RepairReport:
     tables: list[SiteRepair] = []
     notes: list[str] = []
     sole = None if ranks == [0] else ranks
-    for rank in ranks:
-        rescue = _Rescue(path / spec.RANK_DIRECTORY.format(rank=rank), rank, notes)
-        with DatasetWriter(out, rank=rank if sole else None, provenance=rescue.provenance()) as writer:
-            rescue.run(writer)
-        sites += rescue.sites
-        tables += rescue.tables
+    with _whole_or_gone(out):
+        for rank in ranks:
+            rescue = _Rescue(path / spec.RANK_DIRECTORY.format(rank=rank), rank, notes)
+            with DatasetWriter(out, rank=rank if sole else None, provenance=rescue.provenance()) as writer:
+                rescue.run(writer)
+            sites += rescue.sites
+            tables += rescue.tables
     return RepairReport(path=path, out=out, sites=tuple(sites), tables=tuple(tables), notes=tuple(notes))
+
+
+@contextmanager
+def _whole_or_gone(out: Path) -> Iterator[None]:
+    """Remove what was made at `out`, and the directories above it, if what happens inside fails."""
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise DatasetExistsError(
+            f"{out}: exists; what is rescued becomes a new dataset, choose another place"
+        )
+    made = [each for each in (out, *out.parents) if not os.path.lexists(each)]
+    try:
+        yield
+    except (DatasetExistsError, WriterConflictError):
+        raise  # somebody else has made it meanwhile
+    except BaseException as error:
+        for rank in out.glob("rank-*"):
+            shutil.rmtree(rank, ignore_errors=True)
+        for directory in made:
+            with suppress(OSError):
+                directory.rmdir()
+        if isinstance(error, OSError) and (
+            isinstance(error, WriteError) or not isinstance(error, StrapfmtError)
+        ):
+            cause = error.__cause__ if isinstance(error, WriteError) and error.__cause__ else error
+            raise WriteError(cause, f"nothing is left at {out}") from error
+        raise
 
 
 class _Rescue:
@@ -113,6 +139,8 @@ class _Rescue:
         self.sites: list[SiteRepair] = []
         self.tables: list[SiteRepair] = []
         self.manifest = self._read_manifest()
+        self._unreadable: dict[str, str] = {}
+        self._unfinished = UnfinishedSteps()
 
     def provenance(self) -> dict[str, Any]:
         """Return what the new session says of its origin."""
@@ -120,15 +148,19 @@ class _Rescue:
         return {"repaired_from": str(self.root), "repaired_sessions": before}
 
     def run(self, writer: DatasetWriter) -> None:
-        """Copy everything sound."""
-        for kind, found in ((spec.TABLES_DIRECTORY, self.tables), (spec.SITES_DIRECTORY, self.sites)):
-            parent = self.root / kind
-            directories = sorted(parent.iterdir()) if parent.is_dir() and not parent.is_symlink() else []
-            for directory in directories:
-                if directory.is_dir() and not directory.is_symlink():
-                    self._directory(f"{kind}/{directory.name}", writer, found)
-        if self.manifest:
-            self._keep_counts(writer, self.manifest)
+        """Copy everything sound; the tokens come last, when it is known which steps are complete."""
+        committed = self._committed()
+        for kind, found in ((spec.SITES_DIRECTORY, self.sites), (spec.TABLES_DIRECTORY, self.tables)):
+            for directory in sorted(
+                {*self._directories(kind), *(d for d in committed if d.startswith(kind))}
+            ):
+                self._directory(directory, committed.get(directory), writer, found)
+        self.notes += [f"{self.root / file}: {why}" for file, why in self._unreadable.items()]
+        if self.manifest is None or not self.manifest.is_clean:
+            self._account_for_unfinished(writer)
+        for entry in self.manifest.sites if self.manifest else ():
+            if entry.spec.name in writer.sites:
+                writer.count(entry.spec.name, expected=entry.counts.expected, dropped=entry.counts.dropped)
         writer.skip_to(self._counters)
 
     def _read_manifest(self) -> Manifest | None:
@@ -143,178 +175,178 @@ class _Rescue:
     def _counters(self) -> dict[str, int]:
         return dict(self.manifest.counters) if self.manifest else dict.fromkeys(COUNTERS, 0)
 
-    def _keep_counts(self, writer: DatasetWriter, manifest: Manifest) -> None:
-        for entry in manifest.sites:
-            if entry.spec.name not in writer.sites and not entry.shards and not entry.derived_from:
-                with suppress(ArgumentError):  # of a newer version, and empty
-                    writer.add_site(entry.spec)
-            if entry.spec.name in writer.sites:
-                writer.count(entry.spec.name, expected=entry.counts.expected, dropped=entry.counts.dropped)
+    def _committed(self) -> dict[str, SiteEntry | TableEntry]:
+        """Return what the manifest lists, by directory."""
+        if self.manifest is None:
+            return {}
+        sites = {f"{spec.SITES_DIRECTORY}/{file_slug(e.spec.name)}": e for e in self.manifest.sites}
+        return {**sites, **{f"{spec.TABLES_DIRECTORY}/{e.name}": e for e in self.manifest.tables}}
 
-    def _directory(self, directory: str, writer: DatasetWriter, found: list[SiteRepair]) -> None:
-        """Copy one site or table."""
-        streams = list(self._streams(directory))
-        if not streams:
+    def _directories(self, kind: str) -> list[str]:
+        parent = self.root / kind
+        entries = list(parent.iterdir()) if parent.is_dir() and not parent.is_symlink() else []
+        return [f"{kind}/{entry.name}" for entry in entries if entry.is_dir() and not entry.is_symlink()]
+
+    def _directory(
+        self,
+        directory: str,
+        entry: SiteEntry | TableEntry | None,
+        writer: DatasetWriter,
+        found: list[SiteRepair],
+    ) -> None:
+        """Copy one site or table: what the manifest lists in any case, another if there are files of it."""
+        streams = list(open_streams(self.root, directory, self._unreadable))
+        kind, _, name = directory.rpartition("/")
+        site = None
+        if kind == spec.SITES_DIRECTORY:
+            site = entry.spec if isinstance(entry, SiteEntry) else _site_of(streams, name)
+            name = site.name if site else name
+        elif not entry and name not in TABLE_SCHEMAS:
+            if streams:
+                self.notes.append(f"{self.root / directory}: neither a site nor a known table; left out")
             return
-        try:
-            site = read_site(streams[0].schema)
-        except ArgumentError as error:
-            self.notes.append(f"{self.root / directory}: {error}")
+        if not entry and not streams:
             return
-        name = site.name if site else directory.rpartition("/")[2]
-        if site is None and name not in TABLE_SCHEMAS:
-            self.notes.append(f"{self.root / directory}: neither a site nor a known table; left out")
-            return
-        key = _TABLE_KEYS[name] if site is None else _Key("row", "row" if site.row_space == "tokens" else "")
-        account = SiteRepair(name=name, rank=self.rank, n_committed=self._committed(name, site))
+        account = SiteRepair(name=name, rank=self.rank, n_committed=entry.n_rows if entry else 0)
         found.append(account)
-        if site:
-            writer.add_site(site)
-        schema = site_schema(site) if site else TABLE_SCHEMAS[name]
-        target = _Target(writer, site, name, key, account)
-        sound = [stream for stream in streams if stream.schema.equals(schema, check_metadata=False)]
-        account.problems += [
-            f"{self.root / stream.file}: its columns are not those of {name!r}"
-            for stream in streams
-            if stream not in sound
-        ]
-        for stream, limit in self._limited(sound, key):
-            for batch in self._batches(stream, account):
-                target.add(batch, limit)
-
-    def _streams(self, directory: str) -> Iterator[_Stream]:
-        """Yield the data and tail files of a directory in the order of their rows; tails oldest first."""
-        names = [
-            path.name
-            for path in (self.root / directory).iterdir()
-            if path.is_file() and not path.is_symlink()
-        ]
-        found = []
-        for name in names:
-            if name[:6].isdigit() and name.endswith((spec.DATA_SUFFIX, spec.OPEN_SUFFIX)):
-                is_tail = name.endswith(spec.TAIL_SUFFIX)
-                found.append((int(name[:6]), is_tail, _commit_number(name), name))
-        for number, is_tail, _, name in sorted(found):
-            stream = self._stream(f"{directory}/{name}", number, is_tail=is_tail)
-            if stream is not None:
-                yield stream
-
-    def _stream(self, file: str, number: int, *, is_tail: bool) -> _Stream | None:
+        account.problems += self._missing(entry, streams)
         try:
-            memory = map_file(self.root, file, (self.root / file).stat().st_size)
-            lengths = message_bytes(memory, len(spec.IPC_PREFIX))
-            if lengths is None or bytes(memory[:8]) != spec.IPC_PREFIX:
-                raise ArgumentError("no Arrow schema at its beginning")
-            start = len(spec.IPC_PREFIX) + sum(lengths)
-            schema = pa.ipc.read_schema(pa.py_buffer(memory[len(spec.IPC_PREFIX) : start]))
-        except (ArgumentError, FormatError, pa.ArrowInvalid, OSError) as error:
-            self.notes.append(f"{self.root / file}: cannot be read: {error}")
-            return None
-        session = (schema.metadata or {}).get(spec.SESSION_KEY.encode(), b"0")
-        return _Stream(
-            file=file,
-            number=number,
-            is_tail=is_tail,
-            memory=memory,
-            schema=schema,
-            start=start,
-            session=int(session) if session.isdigit() else 0,
-        )
+            target = _Target(writer, name, site, account, kind == spec.TABLES_DIRECTORY)
+        except ArgumentError as error:
+            if streams or account.n_committed:
+                account.problems.append(f"{self.root / directory}: {error}")
+            return
+        self._copy(streams, target)
 
-    def _limited(self, streams: list[_Stream], key: _Key) -> Iterator[tuple[_Stream, int]]:
+    def _copy(self, streams: list[Stream], target: _Target) -> None:
+        sound = []
+        for stream in streams:
+            refusal = target.refusal(stream)
+            if refusal:
+                target.account.problems.append(f"{self.root / stream.file}: {refusal}")
+            else:
+                sound.append(stream)
+        for stream, limit in self._limited(sound, target.key):
+            for batch in stream.batches(target.account.problems):
+                kept = target.add(batch, limit, f"{self.root / stream.file}")
+                if kept is not None and target.site is None and target.name == "tokens":
+                    self._unfinished.see(kept, target.account)
+        if target.site is None and target.name == "steps":
+            self._unfinished.last_step = target.last
+        elif target.site is not None and target.site.row_space == "tokens" and target.account.n_rescued:
+            self._unfinished.see_site(target.name, target.last)
+
+    def _missing(self, entry: SiteEntry | TableEntry | None, streams: list[Stream]) -> Iterator[str]:
+        """Yield a problem for each committed file that is gone or cannot be read."""
+        there = {stream.file for stream in streams}
+        for shard in entry.shards if entry else ():
+            for part in shard.parts:
+                sealed = part.file.removesuffix(spec.OPEN_SUFFIX) + spec.DATA_SUFFIX
+                names = [part.file, sealed] if part.file.endswith(spec.OPEN_SUFFIX) else [part.file]
+                if part.role not in ("data", "tail") or there & set(names):
+                    continue
+                why = [self._unreadable.pop(name) for name in names if name in self._unreadable]
+                rows = "the last rows" if part.role == "tail" else "rows"
+                yield (
+                    f"{self.root / part.file}: {why[0] if why else 'the file is gone'}; {rows} of a shard of "
+                    f"{shard.n_rows} committed ones were in it"
+                )
+
+    def _limited(self, streams: list[Stream], key: _Key) -> Iterator[tuple[Stream, int]]:
         """Yield each stream with the first id that belongs to a later session, which may have used numbers again."""
         sessions = self.manifest.sessions if self.manifest else ()
-        firsts = {stream.number: self._first_id(stream, key) for stream in streams if stream.session > 0}
+        firsts = {s.number: s.first_id(key.column) for s in streams if s.session > 0}
         for stream in streams:
             later = stream.session + 1
-            limits = [firsts[s.number] for s in streams if s.session >= later]
+            limits = [
+                first for s in streams if s.session >= later and (first := firsts[s.number]) is not None
+            ]
             if key.counter and later < len(sessions):
                 next_free = _counters_of(sessions[later]).get(key.counter)
                 if type(next_free) is int and 0 <= next_free <= 1 << spec.COUNTER_BITS:
                     limits.append((self.rank << spec.RANK_SHIFT) + next_free)
             yield stream, min(limits, default=_NO_LIMIT)
 
-    def _first_id(self, stream: _Stream, key: _Key) -> int:
-        batch = next(self._batches(stream, SiteRepair("", self.rank)), None)
-        return _NO_LIMIT if batch is None else int(batch.column(key.column)[0].as_py())
-
-    def _batches(self, stream: _Stream, account: SiteRepair) -> Iterator[pa.RecordBatch]:
-        """Yield every record batch of a stream that agrees with its hashes."""
-        known = self._known_offsets(stream)
-        offset = stream.start
-        while True:
-            while known and known[0] < offset:
-                known.pop(0)
-            lengths = message_bytes(stream.memory, offset)
-            if lengths is None:
-                if not known:
-                    return
-                account.problems.append(f"{self.root / stream.file}: no record batch at byte {offset}")
-                offset = (
-                    known.pop(0) if known[0] > offset else known[1] if len(known) > 1 else len(stream.memory)
-                )
-                continue
-            header = stream.memory[offset : offset + lengths[0]]
-            body = stream.memory[offset + lengths[0] : offset + sum(lengths)]
-            batch = _read_batch(stream.schema, header, body, stream.memory[offset : offset + sum(lengths)])
-            if batch is None:
-                account.problems.append(
-                    f"{self.root / stream.file}: the record batch at byte {offset} is damaged"
-                )
-            elif batch.num_rows:
-                yield batch
-            following = [at for at in known if at > offset]
-            offset = following[0] if batch is None and following else offset + sum(lengths)
-
-    def _known_offsets(self, stream: _Stream) -> list[int]:
-        """Return where record batches begin according to an index, to go on behind a damaged header."""
-        if stream.is_tail:
-            return []
-        directory, _, _ = stream.file.rpartition("/")
-        for path in sorted(
-            (self.root / directory).glob(f"{stream.number:06d}*{spec.INDEX_SUFFIX}"), reverse=True
-        ):
-            try:
-                name = f"{directory}/{path.name}"
-                index = ShardIndex.decode(map_file(self.root, name, path.stat().st_size), str(path))
-            except (FormatError, OSError):
-                continue
-            batches = index.batches[:-1] if index.has_tail else index.batches
-            return [int(offset) for offset in batches["offset"]]
-        return []
-
-    def _committed(self, name: str, site: SiteSpec | None) -> int:
-        if self.manifest is None:
-            return 0
-        if site is None:
-            return sum(entry.n_rows for entry in self.manifest.tables if entry.name == name)
-        return sum(entry.n_rows for entry in self.manifest.sites if entry.spec.name == name)
+    def _account_for_unfinished(self, writer: DatasetWriter) -> None:
+        """Say which tokens a crash left without what belongs to them, and give their steps a row."""
+        if not self._unfinished.n_tokens:
+            return
+        steps = [account for account in self.tables if account.name == "steps"]
+        is_sound = not any(account.problems or account.n_rescued < account.n_committed for account in steps)
+        rows = self._unfinished.rows() if is_sound else None
+        if rows:
+            writer.write_table("steps", rows)
+        self.notes.append(f"{self.root}: {self._unfinished.note(n_added=len(rows['step']) if rows else 0)}")
 
 
 class _Target:
-    """Writes rescued batches of one site or table."""
+    """Writes rescued batches of one site or table.
+
+    Raises
+    ------
+    ArgumentError
+        If this version cannot store it.
+    """
 
     def __init__(
-        self, writer: DatasetWriter, site: SiteSpec | None, name: str, key: _Key, account: SiteRepair
+        self, writer: DatasetWriter, name: str, site: SiteSpec | None, account: SiteRepair, is_table: bool
     ) -> None:
-        self._writer, self._site, self._name, self._key, self._account = writer, site, name, key, account
-        self._last = -1
+        if is_table and name not in TABLE_SCHEMAS:
+            raise ArgumentError(f"{name!r} is no table that this version knows")
+        if not is_table and site is None:
+            raise ArgumentError("no file in it says that it belongs here: misplaced, or damaged")
+        if site:
+            writer.add_site(site)
+        self.name, self.site, self.account, self.last = name, site, account, -1
+        self.key = _Key("row", "row" if site.row_space == "tokens" else "") if site else _TABLE_KEYS[name]
+        self._schema = site_schema(site) if site else TABLE_SCHEMAS[name]
+        self._writer = writer
 
-    def add(self, batch: pa.RecordBatch, limit: int) -> None:
-        """Write the rows of `batch` that come after all before and lie below `limit`."""
-        ids = batch.column(self._key.column).to_numpy()
+    def refusal(self, stream: Stream) -> str:
+        """Return why a file does not belong here, or nothing."""
+        try:
+            stated = read_site(stream.schema)
+        except ArgumentError as error:
+            return str(error)
+        if stated != self.site:
+            whose = f"site {stated.name!r}, as {stated}" if stated else "a table"
+            return f"it belongs to {whose}, not to {self.name!r}{f', {self.site}' if self.site else ''}"
+        if not stream.schema.equals(self._schema, check_metadata=False):
+            return f"its columns are not those of {self.name!r}"
+        first = stream.first_id(self.key.column)
+        if first is not None and first >> spec.RANK_SHIFT != self._writer.rank:
+            return f"it belongs to rank {first >> spec.RANK_SHIFT}, not to rank {self._writer.rank}"
+        return ""
+
+    def add(self, batch: pa.RecordBatch, limit: int, place: str) -> pa.RecordBatch | None:
+        """Write the rows of `batch` that come after all before and lie below `limit`; return them."""
+        ids = batch.column(self.key.column).to_numpy()
+        if self.site and (np.any(ids[1:] <= ids[:-1]) or ids[-1] >> spec.RANK_SHIFT != self._writer.rank):
+            self.account.problems.append(f"{place}: a record batch's row numbers do not increase in its rank")
+            return None
         keep = ids < limit
-        if self._key.is_unique:
-            keep &= ids > self._last
+        if self.key.is_unique:
+            keep &= ids > self.last
         if not keep.any():
-            return
+            return None
         batch = batch if keep.all() else batch.filter(pa.array(keep))
-        self._last = int(ids[keep][-1])
-        self._account.n_rescued += batch.num_rows
-        if self._site is None:
-            self._writer.write_table(self._name, dict(zip(batch.schema.names, batch.columns, strict=True)))
+        self.last = int(ids[keep][-1])
+        if self.site is None:
+            self._writer.write_table(self.name, dict(zip(batch.schema.names, batch.columns, strict=True)))
         else:
-            _write_site(self._writer, self._site, batch)
+            _write_site(self._writer, self.site, batch)
+        self.account.n_rescued += batch.num_rows
+        return batch
+
+
+def _site_of(streams: list[Stream], slug: str) -> SiteSpec | None:
+    """Return the site that the first file of a directory describes that is that directory's."""
+    for stream in streams:
+        with suppress(ArgumentError):
+            site = read_site(stream.schema)
+            if site and file_slug(site.name) == slug:
+                return site
+    return None
 
 
 def _write_site(writer: DatasetWriter, site: SiteSpec, batch: pa.RecordBatch) -> None:
@@ -329,7 +361,7 @@ def _write_site(writer: DatasetWriter, site: SiteSpec, batch: pa.RecordBatch) ->
     writer.write(
         site.name,
         values,
-        rows=None if is_own else columns["row"].to_numpy(),
+        rows=columns["row"].to_numpy(),
         shapes=shapes,
         statistics={name: columns[name].to_numpy() for name in site.statistics},
         token_row=columns["token_row"].fill_null(-1).to_numpy() if is_own else None,
@@ -338,27 +370,6 @@ def _write_site(writer: DatasetWriter, site: SiteSpec, batch: pa.RecordBatch) ->
     writer.wait()
 
 
-def _read_batch(
-    schema: pa.Schema, header: memoryview, body: memoryview, message: memoryview
-) -> pa.RecordBatch | None:
-    """Return a record batch that agrees with the hashes in its own metadata, else None."""
-    if not check_message(header, body):
-        return None
-    try:
-        if is_compressed(header) and decoded_bytes(header, body) > spec.MAX_BATCH_BYTES:
-            return None
-        batch = pa.ipc.read_record_batch(pa.py_buffer(message), schema)
-        batch.validate(full=True)
-    except (pa.ArrowException, ValueError, struct.error, OSError, EOFError):
-        return None
-    return batch
-
-
 def _counters_of(session: Mapping[str, Any]) -> Mapping[str, Any]:
     counters = session.get("counters")
     return counters if isinstance(counters, dict) else {}
-
-
-def _commit_number(file: str) -> int:
-    middle = file.split(".")[1]
-    return int(middle[1:]) if middle[:1] == "c" and middle[1:].isdigit() else -1

@@ -236,7 +236,7 @@ class RepairReport:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every committed row was rescued."""
+        """Whether every committed row was rescued, and no file was found wrong."""
         everything = (*self.sites, *self.tables)
         return all(entry.n_rescued >= entry.n_committed and not entry.problems for entry in everything)
 

@@ -69,10 +69,11 @@ def check_columns(
     """Check the columns beside the activations and return copies of them."""
     columns: dict[str, Array] = {}
     if site.row_space == "own":
-        if rows is not None:
-            raise ArgumentError(f"site {site.name!r}: rows: expected none, its row space is its own")
-        first = last_row + 1 if last_row >= 0 else rank << spec.RANK_SHIFT
-        columns["row"] = np.arange(first, first + n_rows, dtype=np.int64)
+        if rows is None:
+            first = last_row + 1 if last_row >= 0 else rank << spec.RANK_SHIFT
+            rows = np.arange(first, first + n_rows, dtype=np.int64)
+        columns["row"] = _integers(site, "rows", rows, n_rows)
+        _check_rows(site, columns["row"], last_row, rank)
         columns["token_row"] = _integers(site, "token_row", -1 if token_row is None else token_row, n_rows)
         columns["call"] = _integers(site, "call", 0 if call is None else call, n_rows)
     else:

@@ -169,7 +169,9 @@ class DatasetWriter:
         values : ndarray [n_rows, *shape], C-contiguous, of the storage type
             BORROWED until `wait` returns: a thread writes it. For a ragged site: [n_values], all rows one behind the
             other.
-        rows : int64 [n_rows], strictly increasing and above all before; for `row_space` "tokens" only
+        rows : int64 [n_rows], strictly increasing and above all before
+            Needed for `row_space` "tokens". A site with its own row space numbers its rows itself, without a gap; rows
+            given keep the numbers they had elsewhere.
         shapes : int32 [n_rows, ndim], for ragged sites only
         statistics : {name: [n_rows]}, exactly those of the spec
         token_row : int64 [n_rows], -1 for unknown; for `row_space` "own" only

@@ -1,5 +1,6 @@
 """A killed writer, a failing disk, a full disk: what was acknowledged is there exactly, nothing is claimed wrongly."""
 
+import ast
 import errno
 import multiprocessing
 import os
@@ -122,6 +123,9 @@ def check_rescued(path: Path, out: Path, n_steps: int) -> None:
         found = script.n_steps_of(reader)
         assert found >= n_steps
         contents, expected = contents_of(reader), script.contents(found + 40)
+    steps = ast.literal_eval(contents["table steps"]["rows"].decode())
+    written = [row for row in steps if row["reason"] != "rescued after a crash"]
+    contents["table steps"]["rows"] = repr(written).encode()
     for name, columns in contents.items():
         for column, data in columns.items():
             if name.startswith("site "):

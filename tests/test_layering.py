@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"schema", "arrowfile"},
     {"manifest", "index"},
     {"layout", "commit", "mapped", "report", "row_checks"},
-    {"shard", "shard_files", "claim"},
+    {"shard", "shard_files", "claim", "salvage", "unfinished"},
     {"shard_reader"},
     {"site_writer", "sharded", "addresses", "table"},
     {"site"},

@@ -39,7 +39,7 @@ def repair(
 ) -> None:
     """Rescue every complete row into a new dataset.
 
-    The damaged or unclosed DATASET is only read. Exit code 1 if committed rows were lost.
+    The damaged or unclosed DATASET is only read. Exit code 1 if committed rows were lost or a file is wrong.
     """
     import strapfmt
 
