@@ -87,7 +87,7 @@ def call(model: torch.nn.Module, *inputs: torch.Tensor) -> None:
         ({"mode": "update"}, ArgumentError, "mode: expected 'create' or 'append'"),
         ({"mode": "append", "overwrite": True}, ArgumentError, "choose one"),
         ({"mode": "append"}, DatasetNotFoundError, "no dataset to append to"),
-        ({"ring_bytes": 1}, ArgumentError, "ring_bytes: expected at least 64, got 1"),
+        ({"ring_bytes": 1}, ArgumentError, "ring_bytes: expected a whole number of at least 64, got 1"),
         ({"commit_interval_s": -1.0}, ArgumentError, "commit_interval_s"),
         ({"tags": {"a": object()}}, ArgumentError, "tags: expected JSON values"),
         ({"rank": -1}, ArgumentError, "rank"),
@@ -778,3 +778,57 @@ def test_the_progress_line_can_be_forced(tmp_path: Path, capsys: pytest.CaptureF
     with strapfmt.capture(model, tmp_path / "x.strap", sites="logits", progress=True, quiet=True):
         model(input_ids=IDS)
     assert "strapfmt:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"ring_bytes": 1 << 62}, "ring_bytes"),
+        ({"ring_bytes": 1e6}, "ring_bytes"),
+        ({"batch_bytes": "4MB"}, "batch_bytes"),
+        ({"commit_interval_s": float("nan")}, "commit_interval_s"),
+        ({"rank": "0"}, "rank"),
+        ({"rank": 1.5}, "rank"),
+        ({"rank": True}, "rank"),
+        ({"sites": 3}, "sites"),
+        ({"sites": [3]}, "sites"),
+        ({"stats": 3}, "stats"),
+        ({"model": None}, "model"),
+        ({"path": None}, "path"),
+        ({"tokenizer": "gpt2"}, "AutoTokenizer"),
+        ({"tags": {"a": "\ud800"}}, "tags"),
+        ({"tags": {"a": float("nan")}}, "tags"),
+        ({"tags": [1]}, "tags"),
+    ],
+)
+def test_a_wrong_argument_leaves_the_dataset_that_would_be_replaced(
+    arguments: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    model, path = tiny_model("gpt2"), tmp_path / "x.strap"
+    with strapfmt.capture(model, path, sites="logits", quiet=True):
+        model(input_ids=IDS)
+    given = {"model": model, "path": path, "sites": "logits", "overwrite": True, "quiet": True, **arguments}
+    with pytest.raises(ArgumentError, match=said), strapfmt.capture(**given):
+        pass
+    assert Reader(path)["logits"].n_rows == 4
+
+
+def test_appending_with_other_options_than_the_sites_have_is_refused_at_once(tmp_path: Path) -> None:
+    model, path = tiny_model("gpt2"), tmp_path / "x.strap"
+    with strapfmt.capture(model, path, sites="logits", codec="zstd", quiet=True):
+        model(input_ids=IDS)
+    with pytest.raises(ArgumentError, match=r"codec: the dataset has 'zstd' for site 'logits', got 'none'"):
+        strapfmt.capture(model, path, sites="logits", mode="append")
+    with pytest.raises(ArgumentError, match="stats: the dataset has"):
+        strapfmt.capture(model, path, sites="logits", mode="append", codec="zstd", stats=False)
+    strapfmt.capture(model, path, sites="embed", mode="append")  # a new site may differ
+
+
+def test_small_mistakes_are_said_clearly(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="model: expected"):
+        strapfmt.sites(None)  # type: ignore[arg-type]
+    cap = strapfmt.capture(tiny_model("gpt2"), tmp_path / "x.strap", sites="logits")
+    with pytest.raises(ArgumentError, match="n_tokens"):
+        cap.estimate("1")  # type: ignore[arg-type]
+    with pytest.raises(CaptureError, match="was not entered"):
+        cap.__exit__(None, None, None)

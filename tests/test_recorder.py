@@ -12,6 +12,7 @@ import torch
 from models import tiny_tokenizer
 
 import strapfmt
+import strapfmt_capture
 from strapfmt.commit import Disk
 from strapfmt.errors import ArgumentError, DatasetExistsError, WriteError, WriterClosedError
 from strapfmt.reader import Reader
@@ -187,7 +188,7 @@ def test_read_only_arrays_are_taken_and_later_changes_do_not_matter(tmp_path: Pa
         (lambda rec: rec.write("y", torch.zeros(2, 4), tokens=rec.tokens(n=2)[[1, 0]]), "strictly increasing"),
         (lambda rec: rec.tokens([1, 2], position=[1]), "of one length"),
         (lambda rec: rec.tokens(), "got none"),
-        (lambda rec: rec.tokens([1.5]), "token_ids: expected integers"),
+        (lambda rec: rec.tokens([1.5]), "token_ids: expected whole numbers"),
         (lambda rec: rec.tokens([1], sequence_id=1 << 41), "sequence_id: expected numbers"),
         (lambda rec: rec.tokens([1], phase="training"), "phase"),
     ],
@@ -298,3 +299,74 @@ def test_the_first_write_may_be_empty(tmp_path: Path) -> None:
         rec.write("x", torch.zeros(0, 4), tokens=rec.tokens(n=0))
         rec.write("x", torch.ones(1, 4), tokens=rec.tokens(n=1))
     assert Reader(tmp_path / "x.strap")["x"].tensor().tolist() == [[1.0] * 4]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"token_ids": [5, 2**32 + 7]},
+        {"token_ids": torch.tensor([2**31])},
+        {"token_ids": np.array([2**64 - 1], np.uint64)},
+        {"n": 1, "position": [2**31 + 3]},
+        {"n": 1, "sequence_id": np.array([2**63], np.uint64)},
+        {"token_ids": [[1], [2, 3]]},
+        {"token_ids": ["a"]},
+        {"token_ids": np.ma.masked_array([1, 2], [False, True])},
+        {"n": -3},
+        {"n": 3.0},
+    ],
+)
+def test_a_description_that_is_refused_writes_nothing(arguments: dict[str, Any], tmp_path: Path) -> None:
+    with strapfmt.create(tmp_path / "x.strap") as rec:
+        with pytest.raises(ArgumentError, match="expected"):
+            rec.tokens(**arguments)
+        assert rec.tokens([1]).rows.tolist() == [0]
+    reader = Reader(tmp_path / "x.strap")
+    assert (len(reader.tokens), len(reader.sequences)) == (1, 1)
+
+
+def test_positions_that_would_leave_int32_by_going_on_are_refused(tmp_path: Path) -> None:
+    with strapfmt.create(tmp_path / "x.strap") as rec:
+        last = rec.tokens(n=1, position=[2**31 - 1])
+        with pytest.raises(ArgumentError, match="position"):
+            rec.tokens(n=1, sequence_id=last.sequence_id)
+    assert Reader(tmp_path / "x.strap").tokens.to_arrow()["position"].to_pylist() == [2**31 - 1]
+
+
+def test_rows_of_another_dataset_and_rows_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    with strapfmt.create(tmp_path / "x.strap") as rec, strapfmt.create(tmp_path / "y.strap") as other:
+        tokens, strange = rec.tokens([1, 2]), other.tokens([3, 4])
+        with pytest.raises(ArgumentError, match="made for another dataset"):
+            rec.write("a", torch.zeros(1, 2), tokens=strange[:1])
+        made = strapfmt_capture.TokenRows(np.array([77]), np.array([0]), np.array([0]))
+        for arguments in ({"token_row": [77]}, {"token_row": [(5 << 40) + 1]}, {"tokens": made}):
+            with pytest.raises(ArgumentError, match=r"expected rows of the tokens table"):
+                rec.write("a", torch.zeros(1, 2), **arguments)
+        rec.write("a", torch.zeros(2, 2), tokens=tokens)
+    with strapfmt.create(tmp_path / "x.strap", mode="append") as rec:
+        rec.write("b", torch.zeros(2, 2), tokens=tokens)  # the same dataset, a later session
+    assert Reader(tmp_path / "x.strap").names == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("values", "arguments"),
+    [
+        (None, {}),
+        ([1.0, 2.0], {}),
+        (torch.eye(2).to_sparse(), {}),
+        (torch.zeros(2, 2, device="meta"), {}),
+        (np.ma.masked_array([[1.0]], [[True]]), {}),
+        (torch.zeros(3, 2), {"tokens": [1, 2, 3]}),
+        (torch.zeros(3, 2), {"tokens": {"foo": 3}}),
+        (torch.zeros(3, 2), {"tokens": {"n": 2}}),
+        (torch.zeros(3, 2), {"tokens": {}, "site": None}),
+        ([torch.zeros(3, 2)], {"tokens": {}, "shape": (2, -1)}),
+    ],
+)
+def test_values_that_are_refused_write_nothing(
+    values: Any, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    with strapfmt.create(tmp_path / "x.strap") as rec, pytest.raises(ArgumentError, match="expected"):
+        rec.write(values=values, **{"site": "a", **arguments})
+    reader = Reader(tmp_path / "x.strap")
+    assert (reader.names, len(reader.tokens)) == ([], 0)

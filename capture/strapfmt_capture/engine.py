@@ -17,6 +17,7 @@ from strapfmt.codecs import get_codec
 from strapfmt.errors import ArgumentError
 from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
+from strapfmt_capture.arguments import as_integer, as_seconds
 from strapfmt_capture.drain import Drain, Item
 from strapfmt_capture.hookpoints import HookPoint, hook_points
 from strapfmt_capture.hooks import Hooks, OnFull
@@ -47,15 +48,13 @@ class Options:
 
     def __post_init__(self) -> None:
         get_codec(self.codec)
+        if self.rank is not None:
+            object.__setattr__(self, "rank", as_integer("rank", self.rank, 0))
         if self.on_full not in _ON_FULL:
             raise ArgumentError(f"on_full: expected one of {', '.join(_ON_FULL)}; got {self.on_full!r}")
         for name in ("ring_bytes", "batch_bytes", "shard_bytes"):
-            if getattr(self, name) < spec.ALIGNMENT_BYTES:
-                raise ArgumentError(
-                    f"{name}: expected at least {spec.ALIGNMENT_BYTES}, got {getattr(self, name)}"
-                )
-        if self.commit_interval_s < 0:
-            raise ArgumentError(f"commit_interval_s: expected >= 0, got {self.commit_interval_s}")
+            object.__setattr__(self, name, as_integer(name, getattr(self, name), spec.ALIGNMENT_BYTES))
+        object.__setattr__(self, "commit_interval_s", as_seconds("commit_interval_s", self.commit_interval_s))
 
 
 class Engine:
@@ -73,6 +72,8 @@ class Engine:
         tags: Mapping[str, Any] | None,
         progress: bool | None,
     ) -> None:
+        #: First of all: with mode="overwrite" the writer removes what there was.
+        self.ring: Ring[Item] = Ring(options.ring_bytes)
         self.writer = DatasetWriter(
             path,
             rank=options.rank,
@@ -96,7 +97,6 @@ class Engine:
         self._attached = ExitStack()
         self._progress = ProgressLine(self._read_progress, show=progress)
         try:
-            self.ring: Ring[Item] = Ring(options.ring_bytes)
             self.drain = Drain(self.ring, self.writer)
             self.tracker = RowTracker(reserve=self.writer.reserve, tokenizer=tokenizer, tags=tags)
             self._attached.callback(self.tracker.close)

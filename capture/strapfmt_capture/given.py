@@ -12,6 +12,7 @@ import torch
 
 from strapfmt.dtypes import dtype_of_torch
 from strapfmt.errors import ArgumentError
+from strapfmt_capture.arguments import as_integer
 from strapfmt_capture.statistics import RowStatistics
 
 __all__ = ["GivenRows", "Tensor"]
@@ -38,6 +39,8 @@ class GivenRows:
         ArgumentError
             If they are no rows of one kind.
         """
+        if not isinstance(site, str):
+            raise ArgumentError(f"site: expected a name, got {site!r}")
         if isinstance(values, (torch.Tensor, np.ndarray)):
             x = _tensor(site, values)
             if x.ndim == 0 or shape is not None:
@@ -46,6 +49,8 @@ class GivenRows:
                 )
             dtype = dtype_of_torch(x.dtype).name
             return cls(n=len(x), dtype=dtype, shape=tuple(x.shape[1:]), tensors=[x], shapes=None)
+        if not isinstance(values, (list, tuple)):
+            raise _no_tensor(site, values)
         tensors = [_tensor(site, value) for value in values]
         kinds = {(x.dtype, x.ndim) for x in tensors}
         if len(kinds) != 1:
@@ -55,8 +60,25 @@ class GivenRows:
             )
         ((kind, ndim),) = kinds
         shapes = np.array([x.shape for x in tensors], np.int32).reshape(len(tensors), ndim)
-        dtype = dtype_of_torch(kind).name
-        return cls(n=len(tensors), dtype=dtype, shape=shape or (-1,) * ndim, tensors=tensors, shapes=shapes)
+        given = cls(
+            n=len(tensors),
+            dtype=dtype_of_torch(kind).name,
+            shape=(-1,) * ndim if shape is None else _shape(site, shape),
+            tensors=tensors,
+            shapes=shapes,
+        )
+        if not given.fit(given.shape):
+            raise ArgumentError(
+                f"site {site!r}: expected rows of the shape {list(given.shape)} that was said, got "
+                f"{sorted({tuple(x.shape) for x in tensors})[:4]}"
+            )
+        return given
+
+    def fit(self, shape: tuple[int, ...]) -> bool:
+        """Whether every row of a list has a shape, in which -1 stands for any size."""
+        if self.shapes is None or self.shapes.shape[1] != len(shape):
+            return False
+        return bool(np.all((self.shapes == np.array(shape)) | (np.array(shape) < 0)))
 
     def stored(self) -> npt.NDArray[Any]:
         """The values as the writer wants them."""
@@ -72,10 +94,37 @@ class GivenRows:
         return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
 
+def _shape(site: str, shape: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(shape, (tuple, list)):
+        raise ArgumentError(f"site {site!r}: shape: expected a tuple of sizes, got {shape!r}")
+    return tuple(as_integer(f"site {site!r}: shape", size, -1) for size in shape)
+
+
+def _no_tensor(site: str, found: object) -> ArgumentError:
+    return ArgumentError(
+        f"site {site!r}: expected a tensor or array [n, *shape], or a list of them, got {type(found).__name__}"
+    )
+
+
 def _tensor(site: str, values: Tensor) -> torch.Tensor:
     """Return a contiguous tensor in host memory."""
     if isinstance(values, torch.Tensor):
+        if (
+            values.layout is not torch.strided
+            or values.device.type == "meta"
+            or hasattr(values, "full_tensor")
+        ):
+            raise ArgumentError(
+                f"site {site!r}: expected a plain dense tensor with values, got a {type(values).__name__} "
+                f"({values.layout}, on {values.device})"
+            )
         return values.detach().cpu().contiguous()
+    if not isinstance(values, np.ndarray):
+        raise _no_tensor(site, values)
+    if isinstance(values, np.ma.MaskedArray):
+        raise ArgumentError(
+            f"site {site!r}: expected plain values, got a masked array; fill it first (.filled)"
+        )
     native = np.ascontiguousarray(values, values.dtype.newbyteorder("=")).reshape(values.shape)
     try:
         return torch.from_numpy(native if native.flags.writeable else native.copy())

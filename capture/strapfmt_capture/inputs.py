@@ -172,12 +172,24 @@ def read_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[
     return Inputs(
         n_sequences=n_sequences,
         n_query=n_query,
-        token_ids=None if token_ids is None else token_ids.cpu().numpy().astype(np.int64, copy=False),
+        token_ids=None if token_ids is None else _int64(token_ids),
         cache=_cache(given),
         mask=_mask(given.get("attention_mask")),
         position_ids=given.get("position_ids"),
         boundaries=given.get("cu_seq_lens_q"),
     )
+
+
+def _int64(token_ids: torch.Tensor) -> NDArray[np.int64]:
+    """Token ids on the host, if they fit the int32 in which they are stored."""
+    ids: NDArray[np.int64] = token_ids.cpu().numpy().astype(np.int64, copy=False)
+    limits = np.iinfo(np.int32)
+    if ids.size and (ids.min() < limits.min or ids.max() > limits.max):
+        raise CaptureError(
+            f"token ids: expected numbers from {limits.min} to {limits.max}, in which they are stored; got "
+            f"{int(ids.min())} to {int(ids.max())}"
+        )
+    return ids
 
 
 def _token_ids(given: Mapping[str, Any]) -> tuple[torch.Tensor | None, int, int] | None:

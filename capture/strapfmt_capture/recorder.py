@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from strapfmt.errors import ArgumentError, StrapfmtError
 from strapfmt.report import WriteSummary
 from strapfmt.schema import SiteSpec
 from strapfmt.writer import COMMIT_INTERVAL_S, DatasetWriter
+from strapfmt_capture.arguments import as_integer, as_seconds, check_tokenizer, tags_text
 from strapfmt_capture.given import GivenRows, Tensor
 from strapfmt_capture.provenance import describe_tokenizer, describe_versions
 from strapfmt_capture.statistics import RowStatistics, check_statistics
@@ -30,6 +30,9 @@ __all__ = ["Recorder", "create"]
 
 Integers: TypeAlias = npt.ArrayLike | torch.Tensor
 _Int64: TypeAlias = npt.NDArray[np.int64]
+
+# The arguments of `Recorder.tokens`.
+_DESCRIPTION = ("token_ids", "sequence_id", "position", "n", "phase")
 
 
 def create(
@@ -83,10 +86,11 @@ def create(
     """
     statistics = check_statistics(stats)
     get_codec(codec)
-    try:
-        json.dumps(dict(tags or {}))
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(f"tags: expected JSON values: {error}") from error
+    tags_text(tags)
+    check_tokenizer(tokenizer)
+    rank = rank_from_environment() if rank is None else as_integer("rank", rank, 0)
+    sizes = {"batch_bytes": batch_bytes, "shard_bytes": shard_bytes}
+    sizes = {name: as_integer(name, n_bytes, 1) for name, n_bytes in sizes.items()}
     provenance = {
         "tool": "strapfmt.create",
         "tokenizer": describe_tokenizer(tokenizer),
@@ -95,12 +99,12 @@ def create(
     }
     writer = DatasetWriter(
         path,
-        rank=rank_from_environment() if rank is None else rank,
+        rank=rank,
         mode=mode,
         codec=codec,
-        batch_bytes=batch_bytes,
-        shard_bytes=shard_bytes,
-        commit_interval_s=commit_interval_s,
+        batch_bytes=sizes["batch_bytes"],
+        shard_bytes=sizes["shard_bytes"],
+        commit_interval_s=as_seconds("commit_interval_s", commit_interval_s),
         provenance=provenance,
     )
     return Recorder(writer, codec=codec, statistics=statistics, tags=tags, tokenizer=tokenizer)
@@ -224,21 +228,21 @@ class Recorder:
         ArgumentError
             If something does not fit: the message names the site, what was expected and what was found.
         """
-        self._begin()
         rows = GivenRows.of(site, values, shape)
-        self._check(site, rows, "own" if tokens is None else "tokens")
-        handle = self.tokens(**{"n": rows.n, **tokens}) if isinstance(tokens, Mapping) else tokens
-        if handle is not None and token_row is not None:
+        self._check_tokens(site, tokens, rows.n)
+        if tokens is not None and token_row is not None:
             raise ArgumentError(
                 f"site {site!r}: token_row is for sites that number their own rows; leave out tokens"
             )
-        n_tokens = rows.n if handle is None else len(handle)
-        if n_tokens != rows.n:
-            raise ArgumentError(f"site {site!r}: expected one row a token, {n_tokens}; got {rows.n}")
-        declared = self._declare(site, rows, "own" if handle is None else "tokens", module_path)
+        places = _token_row(site, token_row, rows.n)
+        self._book.check_rows(f"site {site!r}: token_row", places[places >= 0])
+        declared = self._declared(site, rows, "own" if tokens is None else "tokens", module_path)
+        self._begin()
+        handle = self.tokens(**{**tokens, "n": rows.n}) if isinstance(tokens, Mapping) else tokens
+        self._writer.add_site(declared)
         own: dict[str, Any] = {"rows": None if handle is None else handle.rows}
         if handle is None:
-            own = {"token_row": _token_row(site, token_row, rows.n), "call": self._n_calls.get(site, 0)}
+            own = {"token_row": places, "call": self._n_calls.get(site, 0)}
             self._n_calls[site] = self._n_calls.get(site, 0) + 1
         self._writer.write(
             site,
@@ -306,23 +310,30 @@ class Recorder:
                 columns = {"row": part.rows, "step": np.full(n, step.number), "event": ["abandoned"] * n}
                 self._writer.write_table("row_events", {**columns, "detail": [reason] * n})
 
-    def _check(self, site: str, rows: GivenRows, row_space: str) -> None:
-        """Refuse values that do not fit a site that is known already."""
-        known = self._writer.sites.get(site)
-        if known is None:
-            return
-        expected = (known.dtype, known.is_ragged or known.shape, known.row_space)
-        found = (rows.dtype, rows.shapes is not None or rows.shape, row_space)
-        if expected != found or len(known.shape) != len(rows.shape):
+    def _check_tokens(self, site: str, tokens: TokenRows | Mapping[str, Any] | None, n: int) -> None:
+        """Refuse what does not describe `n` tokens of this dataset."""
+        if isinstance(tokens, TokenRows):
+            self._book.check(site, tokens)
+            if len(tokens) != n:
+                raise ArgumentError(f"site {site!r}: expected one row a token, {len(tokens)}; got {n}")
+        elif isinstance(tokens, Mapping):
+            if unknown := [name for name in tokens if name not in _DESCRIPTION]:
+                raise ArgumentError(
+                    f"site {site!r}: tokens: expected some of {', '.join(_DESCRIPTION)}; got {unknown[0]!r}"
+                )
+            if tokens.get("n") is not None and as_integer("n", tokens["n"], 0) != n:
+                raise ArgumentError(f"site {site!r}: expected one row a token, {tokens['n']}; got {n}")
+        elif tokens is not None:
             raise ArgumentError(
-                f"site {site!r}: expected {known.dtype} rows of shape {known.shape} in row space "
-                f"{known.row_space!r}, as written before; got {rows.dtype} {rows.shape} in {row_space!r}"
+                f"site {site!r}: tokens: expected a result of tokens(), or a mapping of its arguments "
+                f"(tokens={{'token_ids': [...]}}), got {type(tokens).__name__}"
             )
 
-    def _declare(self, site: str, rows: GivenRows, row_space: str, module_path: str) -> SiteSpec:
+    def _declared(self, site: str, rows: GivenRows, row_space: str, module_path: str) -> SiteSpec:
+        """What a site is, or begins to be; values that do not fit it are refused."""
         known = self._writer.sites.get(site)
         if known is None:
-            known = SiteSpec(
+            return SiteSpec(
                 name=site,
                 dtype=rows.dtype,
                 shape=rows.shape,
@@ -331,7 +342,14 @@ class Recorder:
                 statistics=self._names,
                 module_path=module_path,
             )
-        self._writer.add_site(known)
+        expected = (known.dtype, known.is_ragged or known.shape, known.row_space)
+        found = (rows.dtype, rows.shapes is not None or rows.shape, row_space)
+        fits = len(known.shape) == len(rows.shape) and (not known.is_ragged or rows.fit(known.shape))
+        if expected != found or not fits:
+            raise ArgumentError(
+                f"site {site!r}: expected {known.dtype} rows of shape {known.shape} in row space "
+                f"{known.row_space!r}, as written before; got {rows.dtype} {rows.shape} in {row_space!r}"
+            )
         return known
 
 
@@ -368,10 +386,7 @@ def _token_row(site: str, token_row: Integers | None, n: int) -> _Int64:
     """Rows of tokens, counted from -1 for none."""
     if token_row is None:
         return np.full(n, -1, np.int64)
-    shifted = (
-        token_row.detach().cpu().numpy() if isinstance(token_row, torch.Tensor) else np.asarray(token_row)
-    )
-    rows = integers(f"site {site!r}: token_row", shifted + 1) - 1
+    rows = integers(f"site {site!r}: token_row", token_row, least=-1)
     if rows.shape != (n,):
         raise ArgumentError(f"site {site!r}: token_row: expected one a row, [{n}], got {list(rows.shape)}")
     return rows

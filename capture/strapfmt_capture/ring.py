@@ -80,7 +80,12 @@ class Ring(Generic[Item]):
         self.stall_s, self.n_stalls, self.peak_bytes = 0.0, 0, 0
         # Memory from inside inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            memory = torch.empty(self.n_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
+            try:
+                memory = torch.empty(self.n_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
+            except (RuntimeError, TypeError) as error:  # too much for the machine; too much for 64 bits
+                raise ArgumentError(
+                    f"ring_bytes: expected no more memory than there is, got {n_bytes}; pass less, 256 MiB usually do"
+                ) from error
             start = -memory.data_ptr() % ALIGNMENT_BYTES
             usable = memory[start : start + self.n_bytes]
             self._typed = {dtype: usable.view(dtype) for dtype in _DTYPES}

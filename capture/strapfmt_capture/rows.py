@@ -18,7 +18,6 @@ What a person can rely on, whatever way the model is driven:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -28,6 +27,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from strapfmt_capture.arguments import tags_text
 from strapfmt_capture.batches import Batch, Uncached
 from strapfmt_capture.histories import PADDING, CacheWatcher, History, cache_length
 from strapfmt_capture.inputs import Inputs, read_inputs
@@ -101,7 +101,7 @@ class RowTracker:
     ) -> None:
         self._reserve = reserve
         self._texts = None if tokenizer is None else TokenTexts(tokenizer)
-        self._tags = json.dumps(dict(tags or {}), ensure_ascii=False)
+        self._tags = tags_text(tags)
         self._watcher = CacheWatcher(self._reject)
         self._events: list[tuple[_Int64, int]] = []
         self._uncached: Uncached | None = None

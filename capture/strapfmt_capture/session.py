@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,13 @@ from strapfmt.claim import check_writable, rank_from_environment
 from strapfmt.errors import ArgumentError, CaptureError, DrainError, SiteNeverFiredError
 from strapfmt.writer import COMMIT_INTERVAL_S
 from strapfmt_capture.accounts import CaptureReport, Estimate, SiteAccount, estimate
+from strapfmt_capture.arguments import (
+    as_integer,
+    check_appended,
+    check_model,
+    check_tokenizer,
+    tags_text,
+)
 from strapfmt_capture.engine import Engine, Mode, Options
 from strapfmt_capture.hooks import Hooks, OnFull, Tap
 from strapfmt_capture.ring import RING_BYTES
@@ -122,14 +128,20 @@ def capture(
         shard_bytes=shard_bytes,
         commit_interval_s=commit_interval_s,
     )
-    check_writable(path, rank=options.rank, mode=options.mode)
-    try:
-        json.dumps(dict(tags or {}))
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(f"tags: expected JSON values: {error}") from error
+    check_model(model)
+    check_tokenizer(tokenizer)
+    tags_text(tags)
+    path = check_writable(path, rank=options.rank, mode=options.mode)
     check_not_compiled(model)
     return Capture(
-        model, Path(path), sites, options, tokenizer=tokenizer, tags=tags, progress=progress, quiet=quiet
+        model,
+        path,
+        sites,
+        options,
+        tokenizer=tokenizer,
+        tags=tags,
+        progress=progress,
+        quiet=quiet,
     )
 
 
@@ -157,8 +169,14 @@ class Capture:
         quiet: bool,
     ) -> None:
         self.path, self.stats = path, options.stats
+        self._place = (
+            path.absolute()
+        )  # for the writer: the process may change its directory before it is entered
         self._model, self._options, self._tokenizer, self._tags = model, options, tokenizer, tags
         self._points = resolve(model, sites)
+        if options.mode == "append":
+            names = [point.site for point in self._points]
+            check_appended(path, options.rank, names, options.codec, options.stats)
         self._row_modules = row_modules(model)
         self._show_progress, self._quiet = progress, quiet
         self._state = "ready"
@@ -170,7 +188,7 @@ class Capture:
         check_not_compiled(self._model)
         self._engine = Engine(
             self._model,
-            self.path,
+            self._place,
             self._points,
             self._row_modules,
             self._options,
@@ -184,7 +202,8 @@ class Capture:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._engine is not None
+        if self._engine is None:
+            raise CaptureError(f"{self.path}: this capture was not entered; use it in a with statement")
         problem: CaptureError | None = None
         self._state = "failed"
         try:
@@ -224,8 +243,7 @@ class Capture:
 
     def estimate(self, n_tokens: int) -> Estimate:
         """Estimate the bytes that capturing `n_tokens` tokens takes, before any codec."""
-        if n_tokens < 0:
-            raise ArgumentError(f"n_tokens: expected >= 0, got {n_tokens}")
+        n_tokens = as_integer("n_tokens", n_tokens, 0)
         known = self._engine.specs if self._engine else {}
         return estimate(n_tokens, describe(self._model, self._points), known, self.stats)
 

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from strapfmt.errors import ArgumentError, CaptureError, CompiledModelError, SiteNotFoundError
+from strapfmt_capture.arguments import check_model
 from strapfmt_capture.hookpoints import EAGER_ADVICE, HookPoint, find_decoder, hook_points
 from strapfmt_capture.listing import SiteInfo, SiteListing, describe
 
@@ -57,7 +58,11 @@ def resolve(model: torch.nn.Module, patterns: str | Iterable[str]) -> list[HookP
     ArgumentError
         If there are no patterns.
     """
+    if not isinstance(patterns, Iterable):
+        raise ArgumentError(f'sites: expected names such as "blocks.*.resid_post", got {patterns!r}')
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    if strange := [each for each in wanted if not isinstance(each, str)]:
+        raise ArgumentError(f'sites: expected names such as "blocks.*.resid_post", got {strange[0]!r}')
     if not wanted:
         raise ArgumentError('sites: expected at least one name, for example "blocks.*.resid_post"; got none')
     uniform = hook_points(model)
@@ -79,7 +84,13 @@ def list_sites(model: torch.nn.Module) -> SiteListing:
     SiteListing
         A sequence of `SiteInfo`: the uniform sites, then the output of every module under its own path. It
         prints as a table with the layers folded into one line.
+
+    Raises
+    ------
+    ArgumentError
+        If `model` is no module.
     """
+    check_model(model)
     decoder = find_decoder(model)
     uniform = list(hook_points(model).values())
     if decoder is not None and not decoder.is_eager:

@@ -66,7 +66,10 @@ def check_statistics(names: bool | Collection[str]) -> tuple[str, ...]:
     """
     if isinstance(names, bool):
         return STATISTICS if names else ()
-    wanted = {names} if isinstance(names, str) else set(names)
+    listed = [names] if isinstance(names, str) else names
+    if not isinstance(listed, Collection) or not all(isinstance(name, str) for name in listed):
+        raise ArgumentError(f"stats: expected True, False or some of {', '.join(STATISTICS)}; got {names!r}")
+    wanted = set(listed)
     if unknown := sorted(wanted - set(STATISTICS)):
         known = ", ".join(STATISTICS)
         raise ArgumentError(f"stats: expected True, False or some of {known}; got {', '.join(unknown)}")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,13 @@ import torch
 from strapfmt import spec
 from strapfmt.errors import ArgumentError
 from strapfmt.writer import DatasetWriter
+from strapfmt_capture.arguments import as_integer, stored_manifest, tags_text
 from strapfmt_capture.texts import TokenTexts
 
 __all__ = ["TokenBook", "TokenRows", "integers"]
 
 _Int64 = npt.NDArray[np.int64]
+_INT32_MAX, _INT64_MAX = int(np.iinfo(np.int32).max), int(np.iinfo(np.int64).max)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,13 +37,15 @@ class TokenRows:
     rows: _Int64
     sequence_id: _Int64
     position: _Int64
+    #: The `writer_id` of the dataset they were made for; None for a handle of one's own making.
+    _dataset: str | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, places: slice | npt.ArrayLike | torch.Tensor) -> TokenRows:
         part = places if isinstance(places, slice) else np.atleast_1d(np.asarray(places))
-        return TokenRows(self.rows[part], self.sequence_id[part], self.position[part])
+        return TokenRows(self.rows[part], self.sequence_id[part], self.position[part], self._dataset)
 
 
 class TokenBook:
@@ -65,7 +68,10 @@ class TokenBook:
         self._writer, self._n_before = writer, n_sequences
         self._base = writer.rank << spec.RANK_SHIFT
         self._texts = None if tokenizer is None else TokenTexts(tokenizer)
-        self._tags = json.dumps(dict(tags or {}), ensure_ascii=False)
+        self._tags = tags_text(tags)
+        manifest = stored_manifest(writer.path, writer.rank)
+        assert manifest is not None  # a writer begins with a commit
+        self._dataset = manifest.writer_id
         #: The last position and row of each sequence.
         self._last: dict[int, tuple[int, int]] = {}
 
@@ -81,18 +87,21 @@ class TokenBook:
     ) -> TokenRows:
         """Number tokens, write their rows of `tokens`, and of `sequences` for those that begin."""
         columns = {"token_ids": token_ids, "position": position, "sequence_id": sequence_id}
+        limits = {"token_ids": _INT32_MAX, "position": _INT32_MAX, "sequence_id": _INT64_MAX}
         ids, positions, sequences = (
-            None if values is None else integers(name, values) for name, values in columns.items()
+            None if values is None else integers(name, values, most=limits[name])
+            for name, values in columns.items()
         )
         n = _common_length(n, columns, (ids, positions, sequences))
         groups = _Groups.of(self._numbered(sequences, n))
         if positions is None:
-            positions = self._next_positions(groups)
+            positions = integers("position", self._next_positions(groups), most=_INT32_MAX)
         positions = np.broadcast_to(positions, (n,))
+        texts, is_special = (None, None) if ids is None or self._texts is None else self._texts.columns(ids)
+        begun = self._begun(groups, step, ids)
         first = self._writer.reserve("row", n) if n else self._base
         rows = np.arange(first, first + n)
         parents = self._parents(groups, positions, rows)
-        texts, is_special = (None, None) if ids is None or self._texts is None else self._texts.columns(ids)
         self._writer.write_table(
             "tokens",
             {
@@ -109,10 +118,47 @@ class TokenBook:
                 "dropped": np.zeros(n, bool),
             },
         )
-        self._write_sequences(groups, step, ids)
+        if begun is not None:
+            self._writer.write_table("sequences", begun)
         for sequence, last in zip(groups.unique.tolist(), groups.last.tolist(), strict=True):
             self._last[sequence] = (int(positions[last]), int(rows[last]))
-        return TokenRows(rows, groups.sequences, positions)
+        return TokenRows(rows, groups.sequences, positions, self._dataset)
+
+    def check(self, site: str, tokens: TokenRows) -> None:
+        """Refuse rows of another dataset, and rows that are not there.
+
+        Raises
+        ------
+        ArgumentError
+        """
+        if tokens._dataset not in (None, self._dataset):
+            raise ArgumentError(
+                f"site {site!r}: tokens: expected rows of {self._writer.path}, got rows that were made for another "
+                "dataset; describe them here too, with tokens()"
+            )
+        self.check_rows(f"site {site!r}: tokens", tokens.rows)
+
+    def check_rows(self, what: str, rows: _Int64) -> None:
+        """Refuse ids of rows of `tokens` that are not there.
+
+        Raises
+        ------
+        ArgumentError
+        """
+        ranks = rows >> spec.RANK_SHIFT
+        for rank in np.unique(ranks).tolist():
+            if rank == self._writer.rank:
+                end = self._writer.reserve("row", 0)
+            else:  # another writer's: what it has committed
+                manifest = stored_manifest(self._writer.path, rank)
+                n_rows = 0 if manifest is None else manifest.counters["row"]
+                end = (rank << spec.RANK_SHIFT) + n_rows
+            missing = rows[(ranks == rank) & (rows >= end)]
+            if len(missing):
+                raise ArgumentError(
+                    f"{what}: expected rows of the tokens table, of which rank {rank} has "
+                    f"{end - (rank << spec.RANK_SHIFT)}; got {int(missing[0])}"
+                )
 
     def _numbered(self, sequences: _Int64 | None, n: int) -> _Int64:
         """Sequence numbers of this rank: a new one for all tokens, or those that were asked for."""
@@ -157,30 +203,28 @@ class TokenBook:
     def _begins(self, sequence: int) -> bool:
         return sequence not in self._last and sequence - self._base >= self._n_before
 
-    def _write_sequences(self, groups: _Groups, step: int, ids: _Int64 | None) -> None:
+    def _begun(self, groups: _Groups, step: int, ids: _Int64 | None) -> dict[str, Any] | None:
+        """Columns of `sequences` for those that begin."""
         begun = [i for i, sequence in enumerate(groups.unique.tolist()) if self._begins(sequence)]
         if not begun:
-            return
+            return None
         prompts: list[_Int64 | None] = [None] * len(begun)
         if ids is not None:
             prompts = [ids[groups.places(i)] for i in begun]
         n, texts = len(begun), self._texts
-        self._writer.write_table(
-            "sequences",
-            {
-                "sequence_id": groups.unique[begun],
-                "batch_index": groups.batch_index[groups.first[begun]].astype(np.int32),
-                "first_step": np.full(n, step),
-                "parent_sequence_id": pa.nulls(n, pa.int64()),
-                "fork_position": pa.nulls(n, pa.int32()),
-                "n_prompt_tokens": groups.counts[begun].astype(np.int32),
-                "prompt_token_ids": [None if prompt is None else prompt.tolist() for prompt in prompts],
-                "prompt": [
-                    None if prompt is None or texts is None else texts.of_prompt(prompt) for prompt in prompts
-                ],
-                "tags": [self._tags] * n,
-            },
-        )
+        return {
+            "sequence_id": groups.unique[begun],
+            "batch_index": groups.batch_index[groups.first[begun]].astype(np.int32),
+            "first_step": np.full(n, step),
+            "parent_sequence_id": pa.nulls(n, pa.int64()),
+            "fork_position": pa.nulls(n, pa.int32()),
+            "n_prompt_tokens": groups.counts[begun].astype(np.int32),
+            "prompt_token_ids": [None if prompt is None else prompt.tolist() for prompt in prompts],
+            "prompt": [
+                None if prompt is None or texts is None else texts.of_prompt(prompt) for prompt in prompts
+            ],
+            "tags": [self._tags] * n,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,21 +267,28 @@ class _Groups:
         return self.order[self.starts[i] : self.starts[i] + self.counts[i]]
 
 
-def integers(name: str, values: npt.ArrayLike | torch.Tensor) -> _Int64:
+def integers(
+    name: str, values: npt.ArrayLike | torch.Tensor, *, least: int = 0, most: int = _INT64_MAX
+) -> _Int64:
     """Return a number or a one-dimensional array of them as int64.
 
     Raises
     ------
     ArgumentError
-        If it is something else.
+        If it is something else, or one is below `least` or above `most`.
     """
-    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    expected = f"{name}: expected whole numbers from {least} to {most} in one dimension"
+    try:
+        array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors that NumPy has no type for
+        raise ArgumentError(f"{expected}: {error}") from error
     if array.size == 0:
         array = array.astype(np.int64)
-    if array.dtype.kind not in "iu" or array.ndim > 1 or (array.size and array.min() < 0):
-        raise ArgumentError(
-            f"{name}: expected integers >= 0 in one dimension, got {array.dtype} {list(array.shape)}"
-        )
+    if array.dtype.kind not in "iu" or array.ndim > 1 or isinstance(values, np.ma.MaskedArray):
+        raise ArgumentError(f"{expected}, got {type(values).__name__} of {array.dtype} {list(array.shape)}")
+    if array.size and (int(array.min()) < least or int(array.max()) > most):
+        wrong = int(array.min()) if int(array.min()) < least else int(array.max())
+        raise ArgumentError(f"{expected}, got {wrong}")
     converted: _Int64 = array.astype(np.int64)
     return converted
 
@@ -250,7 +301,7 @@ def _common_length(n: int | None, columns: Mapping[str, object], arrays: tuple[_
         if array is not None and array.ndim
     }
     if n is not None:
-        found["n"] = n
+        found["n"] = as_integer("n", n, 0)
     if len(set(found.values())) != 1:
         raise ArgumentError(
             f"tokens: expected token_ids, sequence_id or position of one length, or n=; got {found or 'none'}"
