@@ -210,8 +210,8 @@ class Dataset(Reader):
 
     # Inside.
 
-    def _load(self, manifests: dict[int, Manifest]) -> None:
-        super()._load(manifests)
+    def _load(self, manifests: dict[int, Manifest], *, is_whole: bool) -> None:
+        super()._load(manifests, is_whole=is_whole)
         for site in self._sites.values():
             site.resolve_where = self._rows_of_site_where
         tables = {name: view.to_arrow for name, view in self.tables.items()}

@@ -77,20 +77,22 @@ class Reader:
     def refresh(self) -> bool:
         """Move on to the last commit; return whether there was a newer one."""
         self._check_open()
-        before = getattr(self, "manifests", None)
+        before, failed = getattr(self, "manifests", None), None
         for attempt in range(_ATTEMPTS):
             manifests, self._pending = _read_manifests(self.path)
             if manifests == before:
                 return False
             try:
-                self._load(manifests)
+                self._load(manifests, is_whole=manifests != failed)
                 return True
             except DatasetChangedError:
+                failed = manifests
                 if attempt == _ATTEMPTS - 1:
                     raise
         raise AssertionError("the last attempt returns or raises")
 
-    def _load(self, manifests: dict[int, Manifest]) -> None:
+    def _load(self, manifests: dict[int, Manifest], *, is_whole: bool) -> None:
+        """Make everything anew; not `is_whole`: no writer moved on, and yet files are missing."""
         before = self._shards
         self._shards = {}
         sites: dict[str, Site] = {}
@@ -100,7 +102,8 @@ class Reader:
         tables = {name: self._load_table(name, manifests, before) for name in TABLE_SCHEMAS}
         for shard in self._shards.values():
             if not shard.shard.is_sealed:
-                with contextlib.suppress(CorruptError):  # raised again when it is read
+                later = (CorruptError,) if is_whole else (CorruptError, DatasetChangedError)
+                with contextlib.suppress(*later):  # raised again when it is read
                     shard.pin()
         #: The manifest of each rank.
         self.manifests = manifests

@@ -35,6 +35,8 @@ Array = npt.NDArray[Any]
 
 COMMIT_INTERVAL_S = 10.0
 _QUEUE_BYTES = 64 << 20
+#: Files that a commit replaced stay so long for readers that have just read the manifest before.
+_GRACE_S = 2.0
 
 
 class DatasetWriter:
@@ -99,6 +101,7 @@ class DatasetWriter:
         self._counting = threading.Lock()
         self._sites: dict[str, SiteWriter] = {}
         self._tables: dict[str, TableWriter] = {}
+        self._superseded: list[tuple[float, Path]] = []
         self._n_bytes = 0
         self._closed, self._is_torn = "", False
         self._process = os.getpid()
@@ -381,18 +384,28 @@ class DatasetWriter:
         directories = [series.directory for series in all_series if series.take_changed()]
         superseded = [path for series in all_series for path in series.take_superseded()]
         data = self._manifest.encode()
-        self._io.submit(lambda: self._publish(data, directories, superseded, number))
+        self._io.submit(lambda: self._publish(data, directories, superseded, number, is_last=sealing))
         self._last_commit = time.monotonic()
 
     def _publish(
-        self, data: bytes, directories: Sequence[Path], superseded: Sequence[Path], number: int
+        self,
+        data: bytes,
+        directories: Sequence[Path],
+        superseded: Sequence[Path],
+        number: int,
+        *,
+        is_last: bool,
     ) -> None:
         """Publish a manifest; runs on the I/O thread, behind everything that the manifest names."""
         for directory in directories:
             self._disk.sync_directory(directory)
         self._disk.publish(self._root / spec.MANIFEST_NAME, [data])
         self._disk.sync_directory(self._root)
-        for path in superseded:
+        now = time.monotonic()
+        self._superseded += [(now + _GRACE_S, path) for path in superseded]
+        due = [path for when, path in self._superseded if when <= now or is_last]
+        self._superseded = self._superseded[len(due) :]
+        for path in due:
             self._disk.unlink(path)
         self._commits_done = number
 

@@ -57,15 +57,15 @@ def test_full_batches_are_written_once_and_the_rest_is_a_tail(tmp_path: Path) ->
         seen = data.read_bytes()
         shard = Forger(path).shard()
         roles = [part["role"] for part in shard["parts"]]
-        tails = files_of(folder, spec.TAIL_SUFFIX)
+        tails = [path / "rank-00000" / part["file"] for part in shard["parts"] if part["role"] == "tail"]
         n_full = shard["n_rows"] // 4 * 4
-        assert ("tail" in roles) == (shard["n_rows"] != n_full) == bool(tails)
+        assert len(roles) == 2 + len(tails)
+        assert (shard["n_rows"] != n_full) == bool(tails)
         if tails:
             (tail,) = tails
             assert pa.ipc.open_file(str(tail)).read_all().num_rows == shard["n_rows"] - n_full
-        assert len(files_of(folder, spec.INDEX_SUFFIX)) == 1
     writer.close()
-    (sealed,) = files_of(folder, spec.DATA_SUFFIX)
+    (sealed,) = files_of(folder, spec.DATA_SUFFIX)  # what commits replaced is gone, at the latest now
     assert sealed.read_bytes().startswith(seen)
     assert len(list(folder.iterdir())) == 2
 
