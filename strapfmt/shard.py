@@ -107,6 +107,11 @@ class ShardWriter:
         """Rows in full batches so far."""
         return self._n_rows
 
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the entries and runs of its index so far."""
+        return spec.INDEX_BATCH_BYTES * len(self._entries) + spec.INDEX_RUN_BYTES * self._n_runs
+
     def append(self, batch: RowBatch) -> None:
         """Write a record batch at the end."""
         encoded = self._encoder.encode(batch.batch, start=self._offset, alignment=self._alignment)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from strapfmt import spec
 from strapfmt.arrowfile import MessageEncoder
 from strapfmt.commit import Disk, IoThread
 from strapfmt.errors import ArgumentError
@@ -23,6 +24,8 @@ from strapfmt.shard import RowBatch, ShardWriter
 __all__ = ["BufferPool", "ShardSeries", "SiteWriter", "TableWriter"]
 
 Array = npt.NDArray[Any]
+
+_MAX_RAGGED_ROWS = 1 << 16
 
 
 class ShardSeries:
@@ -67,8 +70,9 @@ class ShardSeries:
 
     def append(self, batch: RowBatch) -> None:
         """Write a full batch."""
-        self._writer().append(batch)
-        if self._writer().n_bytes >= self._shard_bytes:
+        writer = self._writer()
+        writer.append(batch)
+        if writer.n_bytes >= self._shard_bytes or writer.index_bytes >= spec.MAX_INDEX_BYTES // 2:
             self._seal(None)
 
     def commit(self, tail: RowBatch | None, number: int) -> list[Shard]:
@@ -253,22 +257,27 @@ class SiteWriter:
     ) -> None:
         sizes = np.prod(shapes, axis=1, dtype=np.int64)
         ends = np.cumsum(sizes)
-        limit = max(self._batch_bytes // self.site.stored_dtype.item_bytes, 1)
+        limit = min(max(self._batch_bytes // self.site.stored_dtype.item_bytes, 1), spec.MAX_ROW_VALUES)
         at = 0
         while at < len(sizes):
             used = ends[at - 1] if at else 0
             stop = int(np.searchsorted(ends, used + limit - self._pending.n_values, "right"))
-            stop = max(stop, at + 1)
+            stop = min(stop, at + _MAX_RAGGED_ROWS - self._pending.n_rows)
+            if stop <= at and self._pending.n_rows:
+                before_emit()
+                self._emit()
+                continue
+            stop = max(stop, at + 1)  # a row wider than a batch is one
             part = {name: column[at:stop] for name, column in columns.items()}
             part["shape"] = shapes[at:stop]
             self._pending.values.append(values[used : ends[stop - 1]].copy())
             self._pending.columns.append(part)
             self._pending.n_rows += stop - at
             self._pending.n_values += int(ends[stop - 1] - used)
-            if self._pending.n_values >= limit or stop < len(sizes):
-                before_emit()
-                self._emit()
             at = stop
+        if self._pending.n_values >= limit:
+            before_emit()
+            self._emit()
 
     def _keep(self, values: Array, columns: dict[str, Array]) -> None:
         if self._buffer is None:

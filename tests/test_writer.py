@@ -560,3 +560,38 @@ def test_ragged_rows_that_exceed_a_batch_and_empty_ones(path: Path) -> None:
         assert np.concatenate([c.flatten() for c in table["activation"].chunks]).tobytes() == values.tobytes()
         assert table["shape"].to_pylist() == [*sizes.tolist(), [0], [0], [0], [0]]
         assert reader["r"].n_batches > 3
+
+
+def test_ragged_batches_stay_bounded_in_values_and_in_rows(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("strapfmt.site_writer._MAX_RAGGED_ROWS", 50)
+    site = SiteSpec(name="r", dtype="uint8", shape=(-1,), row_space="own", statistics=())
+    rng = np.random.default_rng(3)
+    sizes = np.where(rng.random(900) < 0.5, 0, rng.integers(0, 400, 900))
+    sizes[::100], sizes[300:500] = 3000, 0
+    with DatasetWriter(path, batch_bytes=1000) as writer:
+        writer.add_site(site)
+        for part in np.split(sizes, [1, 2, 70, 400, 401]):
+            writer.write("r", np.ones(part.sum(), np.uint8), shapes=part[:, None])
+    with Reader(path, verify="always") as reader:
+        batches = list(reader["r"].scan())
+        assert [n for b in batches for n in b["shape"].flatten().to_pylist()] == sizes.tolist()
+        for batch in batches:
+            assert len(batch) <= 50
+            assert len(batch) == 1 or batch["shape"].flatten().to_numpy().sum() <= 1000
+        assert len(batches) < 250
+
+
+def test_a_shard_is_sealed_before_its_index_grows_too_long(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spec, "MAX_INDEX_BYTES", 40_000)
+    site = SiteSpec(name="a", dtype="int8", shape=(), statistics=())
+    rows = np.arange(0, 8192, 2)
+    with DatasetWriter(path, batch_bytes=2000) as writer:
+        writer.add_site(site)
+        writer.write("a", np.zeros(4096, np.int8), rows=rows)
+    with Reader(path) as reader:
+        assert len(reader.manifests[0].sites[0].shards) > 2
+        np.testing.assert_array_equal(reader["a"].rows, rows)
