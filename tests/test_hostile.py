@@ -34,6 +34,7 @@ PROCESSES.set_forkserver_preload(["small_datasets", "forge"])
 
 MEMORY_BYTES = 12 << 30
 N_FLIPS, N_CUTS, N_SPECIAL, N_FIELDS, N_NUMBERS, N_MESSAGES = 500, 250, 40, 120, 50, 120
+N_SLOW_NUMBERS = int(os.environ.get("STRAPFMT_N_NUMBERS", "6000"))
 N_SLOW_MESSAGES = int(os.environ.get("STRAPFMT_N_MESSAGES", "20000"))
 
 Mutation = tuple[str, int, int]
@@ -557,9 +558,9 @@ def test_every_lie_in_manifests_is_refused_or_harmless(datasets: dict[str, Conte
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_every_lie_in_indexes_is_refused_or_harmless(datasets: dict[str, Contents]) -> None:
+def test_many_lies_in_indexes_are_refused_or_harmless(datasets: dict[str, Contents]) -> None:
     for path in datasets:
-        assert run_in_child(forge_numbers, path, 0, 0, timeout_s=3000) == []
+        assert run_in_child(forge_numbers, path, N_SLOW_NUMBERS // 2, 0, timeout_s=3000) == []
 
 
 @pytest.mark.slow
