@@ -19,7 +19,9 @@ from strapfmt.errors import (
     WriterConflictError,
 )
 from strapfmt.manifest import Manifest
-from strapfmt.mapped import absolute_path, read_file
+from strapfmt.mapped import read_file
+from strapfmt.paths import absolute_path
+from strapfmt.text import shown_path
 
 __all__ = ["check_writable", "claim_rank", "rank_from_environment"]
 
@@ -141,7 +143,7 @@ def rank_from_environment() -> int | None:
 def _exists_message(path: Path, rank: int) -> str:
     """Return what to tell somebody who would create what exists."""
     return (
-        f"{path}: rank {rank} of this dataset exists; overwrite=True (mode='overwrite') replaces it, "
+        f"{shown_path(path)}: rank {rank} of this dataset exists; overwrite=True (mode='overwrite') replaces it, "
         "mode='append' goes on behind it"
     )
 

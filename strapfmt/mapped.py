@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from strapfmt import spec
-from strapfmt.errors import ArgumentError, CorruptError, DatasetChangedError
+from strapfmt.errors import CorruptError, DatasetChangedError
 
-__all__ = ["absolute_path", "map_file", "read_file"]
+__all__ = ["map_file", "read_file"]
 
 _MAP_NORESERVE = 0x4000 if os.uname().sysname == "Linux" else 0
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -26,20 +26,6 @@ _libc.mmap.argtypes = [
     ctypes.c_int64,
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-
-
-def absolute_path(path: str | Path) -> Path:
-    """Return a dataset's path as it stays when the process changes its directory.
-
-    Raises
-    ------
-    ArgumentError
-        If it is no path.
-    """
-    try:
-        return Path(path).absolute()
-    except TypeError:
-        raise ArgumentError(f"path: expected text or a Path, got {path!r}") from None
 
 
 def read_file(root: Path, name: str, limit_bytes: int) -> bytes:

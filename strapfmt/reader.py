@@ -24,7 +24,8 @@ from strapfmt.errors import (
     UnsupportedError,
 )
 from strapfmt.manifest import Manifest, Shard
-from strapfmt.mapped import absolute_path, read_file
+from strapfmt.mapped import read_file
+from strapfmt.paths import absolute_path
 from strapfmt.report import RankReport, Report, SiteReport, shape_text
 from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, site_schema
 from strapfmt.sequence import SequenceView

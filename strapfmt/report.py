@@ -195,8 +195,9 @@ class VerifyReport:
 
     def __str__(self) -> str:
         verdict = "valid" if self.valid else f"{len(self.problems)} problem(s)"
-        lines = [f"{shown_path(self.path)}: {verdict}; {self.n_rows} rows, {size_text(self.n_bytes)} checked"]
-        lines += [f"  problem: {problem}" for problem in self.problems]
+        place = shown_path(self.path)
+        lines = [f"{place}: {verdict}; {self.n_rows} rows, {size_text(self.n_bytes)} checked"]
+        lines += [f"  problem: {problem.replace(str(self.path), place)}" for problem in self.problems]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ class ShardFiles:
                     "this version of strapfmt does not know it: install a newer one"
                 )
 
-    @property
+    @cached_property
     def place(self) -> str:
         """The data file, for errors."""
         return str(self.root / self._part("data").file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,11 +11,15 @@ from pathlib import Path
 from strapfmt import spec
 from strapfmt.errors import FormatError, StrapfmtError
 from strapfmt.manifest import ROLES
+from strapfmt.paths import absolute_path
 from strapfmt.reader import Reader
 from strapfmt.report import VerifyReport
 from strapfmt.shard_reader import ShardReader
+from strapfmt.text import shown_path
 
 __all__ = ["verify"]
+
+_OURS = re.compile(r"\d{6}(\.c\d+)?(\.arrow|\.arrow\.open|\.tail\.arrow|\.idx)(\.tmp)?|manifest\.json\.tmp")
 
 
 def verify(path: str | Path, *, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
@@ -31,7 +36,7 @@ def verify(path: str | Path, *, progress: Callable[[int, int], None] | None = No
     DatasetNotFoundError
         If there is no dataset.
     """
-    path = Path(path)
+    path = absolute_path(path)
     try:
         reader = Reader(path)
     except FormatError as error:
@@ -102,14 +107,19 @@ def _states(reader: Reader) -> Iterator[str]:
 
 
 def _strays(reader: Reader) -> Iterator[str]:
-    """Yield the files below the ranks that no manifest names."""
+    """Say which files below the ranks no manifest names: one note for what writers leave behind, one for each other."""
     for rank, manifest in reader.manifests.items():
         root = reader.path / spec.RANK_DIRECTORY.format(rank=rank)
-        named = manifest.files()
-        named |= {spec.MANIFEST_NAME, spec.LOCK_NAME}
-        for directory, _, files in os.walk(root):
-            for file in sorted(files):
-                full = Path(directory, file)
-                if str(full.relative_to(root)) not in named:
-                    kind = "file" if stat.S_ISREG(full.lstat().st_mode) else "special file"
-                    yield f"{full}: a {kind} that no manifest names; readers ignore it"
+        named = manifest.files() | {spec.MANIFEST_NAME, spec.LOCK_NAME}
+        found = [Path(directory, file) for directory, _, files in os.walk(root) for file in files]
+        strays = sorted(full for full in found if str(full.relative_to(root)) not in named)
+        left = [full for full in strays if _OURS.fullmatch(full.name) and stat.S_ISREG(full.lstat().st_mode)]
+        if left:
+            yield (
+                f"rank {rank}: {len(left)} file(s) of earlier or unfinished commits, such as {shown_path(left[0])}; "
+                "readers ignore them"
+            )
+        for full in strays:
+            if full not in left:
+                kind = "file" if stat.S_ISREG(full.lstat().st_mode) else "special file"
+                yield f"{shown_path(full)}: a {kind} that no manifest names; readers ignore it"

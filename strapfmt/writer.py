@@ -23,7 +23,7 @@ from strapfmt.errors import ArgumentError, SiteNotFoundError, WriterClosedError
 from strapfmt.json_fields import plain_json
 from strapfmt.layout import body_alignment, plan_layout
 from strapfmt.manifest import COUNTERS, Counts, Layout, Manifest, Shard, SiteEntry, file_slug
-from strapfmt.mapped import absolute_path
+from strapfmt.paths import absolute_path
 from strapfmt.report import SiteCount, WriteSummary
 from strapfmt.row_checks import check_columns, check_values
 from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, site_schema, with_session

@@ -16,7 +16,7 @@ PACKAGES = {"strapfmt": ROOT / "strapfmt", "strapfmt_capture": ROOT / "capture" 
 # of the lines above its own, and no other unit of its own line.
 LAYERS: list[set[str]] = [
     {"spec", "errors", "text"},
-    {"dtypes", "codecs", "extras", "batches", "bits", "json_fields"},
+    {"dtypes", "codecs", "extras", "batches", "bits", "paths", "json_fields"},
     {"schema", "arrowfile"},
     {"manifest", "index"},
     {"layout", "commit", "mapped", "report", "row_checks"},
