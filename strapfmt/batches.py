@@ -11,9 +11,7 @@ __all__ = ["limited", "resized"]
 
 def limited(batches: Iterator[pa.RecordBatch], limit: int) -> Iterator[pa.RecordBatch]:
     """Yield batches until `limit` rows have come."""
-    for batch in batches:
-        if limit <= 0:
-            return
+    while limit > 0 and (batch := next(batches, None)) is not None:
         yield batch.slice(0, limit)
         limit -= batch.num_rows
 

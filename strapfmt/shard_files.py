@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class ShardFiles:
         self._site, self._layout = site, layout or Layout()
         self._index: ShardIndex | None = None
         self._mapped: _Mapped | None = None
+        self._making = threading.RLock()
         self._verified: npt.NDArray[np.bool_] = np.zeros(0, bool)
         for part in shard.parts:
             if (part.must_understand or part.role in ROLES) and (
@@ -78,9 +80,11 @@ class ShardFiles:
     def index(self) -> ShardIndex:
         """The index, mapped and checked on first use."""
         if self._index is None:
-            with self._changes_told():
-                self._index = self._read_index()
-            self._verified = np.zeros(len(self._index.batches), bool)
+            with self._making, self._changes_told():
+                if self._index is None:
+                    index = self._read_index()
+                    self._verified = np.zeros(len(index.batches), bool)
+                    self._index = index
         return self._index
 
     @property
@@ -152,8 +156,10 @@ class ShardFiles:
     @property
     def _maps(self) -> _Mapped:
         if self._mapped is None:
-            with self._changes_told():
-                self._mapped = self._map()
+            # Made once: where threads replaced each other's maps, addresses taken of one would outlive it.
+            with self._making, self._changes_told():
+                if self._mapped is None:
+                    self._mapped = self._map()
         return self._mapped
 
     def _map(self) -> _Mapped:

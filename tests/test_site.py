@@ -2,6 +2,8 @@
 
 import os
 import resource
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pyarrow.compute as pc
 import pytest
 import torch
 from forge import Forger
-from small_datasets import Model, bits, check_routes, make_dataset, random_chunk, write_chunk
+from small_datasets import Model, bits, check_routes, contents_of, make_dataset, random_chunk, write_chunk
 
 from strapfmt import spec
 from strapfmt.dtypes import DTYPES
@@ -318,6 +320,40 @@ def test_batches_are_hashed_when_first_touched(tmp_path: Path) -> None:
         assert after_one < n_bytes
         list(site.scan(["row"]))
         assert site.n_unverified_bytes == 0
+
+
+def test_a_limited_scan_touches_no_batch_behind_its_end(tmp_path: Path) -> None:
+    write(tmp_path / "a.strap", site_of(), batch_bytes=256)
+    with Reader(tmp_path / "a.strap") as reader:
+        site = reader["x"]
+        first = int(site.batch_ordinals[1])
+        n_bytes = site.n_unverified_bytes
+        assert sum(len(batch) for batch in site.scan(limit=first)) == first
+        assert site.n_unverified_bytes == n_bytes - int(site.spec.row_bytes * first + 8 * first)
+
+
+def test_threads_may_share_a_reader(tmp_path: Path) -> None:
+    model = make_dataset(tmp_path / "a.strap", n_steps=12, shard_bytes=1500).model(12)
+    name, expected = "blocks.0.resid_post", model.contents()
+    values, wrong = model.values(name), list[str]()
+
+    def read(reader: Reader) -> None:
+        site = reader[name]
+        if bits(site.take(site.rows[::-1].copy())) != values[::-1].tobytes():
+            wrong.append("take()")
+        if contents_of(reader) != expected:
+            wrong.append("to_arrow()")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(25):
+            with Reader(tmp_path / "a.strap", verify="always") as reader, ThreadPoolExecutor(4) as threads:
+                for done in [threads.submit(read, reader) for _ in range(4)]:
+                    done.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []
 
 
 def test_reading_needs_no_descriptors(tmp_path: Path) -> None:
