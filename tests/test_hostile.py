@@ -33,7 +33,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["small_datasets", "forge"])
 
 MEMORY_BYTES = 12 << 30
-N_FLIPS, N_CUTS, N_SPECIAL, N_FIELDS, N_NUMBERS, N_MESSAGES = 500, 250, 40, 120, 50, 120
+N_FLIPS, N_CUTS, N_SPECIAL, N_FIELDS, N_NUMBERS, N_MESSAGES = 500, 250, 40, 100, 40, 100
 N_SLOW_NUMBERS = int(os.environ.get("STRAPFMT_N_NUMBERS", "6000"))
 N_SLOW_MESSAGES = int(os.environ.get("STRAPFMT_N_MESSAGES", "20000"))
 

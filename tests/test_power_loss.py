@@ -21,7 +21,7 @@ from strapfmt.errors import DatasetNotFoundError, StrapfmtError
 from strapfmt.reader import Reader
 from strapfmt.writer import DatasetWriter
 
-N_STATES = 2_000
+N_STATES = 1_500
 N_SLOW_STATES = int(os.environ.get("STRAPFMT_N_STATES", "100000"))
 
 State = dict[str, bytes]
