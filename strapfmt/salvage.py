@@ -123,7 +123,7 @@ def open_streams(root: Path, directory: str, unreadable: dict[str, str]) -> Iter
     for number, is_tail, _, name in sorted(found):
         try:
             yield _open(root, f"{directory}/{name}", number, is_tail=is_tail)
-        except (ArgumentError, FormatError, pa.ArrowInvalid, OSError) as error:
+        except (ArgumentError, FormatError, pa.ArrowException, ValueError, OSError) as error:
             unreadable[f"{directory}/{name}"] = f"cannot be read: {error}"
 
 

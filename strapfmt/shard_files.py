@@ -268,5 +268,5 @@ class ShardFiles:
 def _read_schema(prefix: memoryview, place: str) -> pa.Schema:
     try:
         return pa.ipc.read_schema(pa.py_buffer(prefix[len(spec.IPC_PREFIX) :]))
-    except (pa.ArrowInvalid, OSError, EOFError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, ValueError, OSError, EOFError) as error:
         raise CorruptError(f"{place}: Arrow cannot read the schema: {error}") from error

@@ -51,7 +51,9 @@ class ShardReader(ShardFiles):
         try:
             batch = pa.ipc.read_record_batch(message, self.schema)
             batch.validate(full=True)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, EOFError) as error:
+        except MemoryError:
+            raise
+        except (pa.ArrowException, OSError, EOFError) as error:
             raise CorruptError(f"{place}: Arrow cannot read it: {error}") from error
         if batch.num_rows != entry["n_rows"]:
             raise CorruptError(f"{place}: expected {entry['n_rows']} rows, got {batch.num_rows}")

@@ -100,6 +100,18 @@ class Forger:
         batches["body_hash"][batch] = np.void(digest(bytes(body)))
         self.put_index(replace(index, batches=batches), kind, which)
 
+    def edit_prefix(self, change: Callable[[bytearray], None], kind: str = "sites", which: int = 0) -> None:
+        """Change the magic and the schema message that begin a shard's data file, and hash everything again."""
+        index = self.index(kind, which)
+        file = self.root / self._part(self.shard(kind, which), "data")["file"]
+        data = bytearray(file.read_bytes())
+        prefix = data[: index.prefix_bytes]
+        change(prefix)
+        assert len(prefix) == index.prefix_bytes
+        data[: len(prefix)] = prefix
+        file.write_bytes(data)
+        self.put_index(replace(index, prefix_hash=digest(bytes(prefix))), kind, which)
+
     @staticmethod
     def _part(shard: Json, role: str) -> Json:
         return next(part for part in shard["parts"] if part["role"] == role)

@@ -505,7 +505,7 @@ def forge_messages(directory: str, n_cases: int, seed: int) -> Iterator[str]:
         for case in range(n_cases):
             kind, which = rng.choice(places)
             index = Forger(path).index(kind, which)
-            batch = rng.randrange(len(index.batches) - index.has_tail)
+            n_batches = len(index.batches) - index.has_tail
 
             def change(header: bytearray, body: bytearray) -> None:
                 target = header if rng.random() < 0.7 else body
@@ -524,11 +524,11 @@ def forge_messages(directory: str, n_cases: int, seed: int) -> Iterator[str]:
                         target[at : at + len(piece)] = piece[: len(target) - at]
 
             yield f"at message case {case} of seed {seed}"
-            Forger(path).edit_message(batch, change, kind, which)
-            for complaint in [
-                *try_everything(path, None),
-                *_tried(f"case {case}: verify", lambda: verify(path)),
-            ]:
+            if n_batches == 0 or rng.random() < 0.2:
+                Forger(path).edit_prefix(lambda prefix: change(prefix, prefix), kind, which)
+            else:
+                Forger(path).edit_message(rng.randrange(n_batches), change, kind, which)
+            for complaint in [*try_everything(path, None), *_tried_all(path)]:
                 yield f"message case {case} of seed {seed}: {complaint}"
             for file, data in originals.items():
                 (path / file).write_bytes(data)

@@ -153,6 +153,26 @@ def test_nothing_is_invented_whatever_is_damaged(path: Path, tmp_path: Path) -> 
     assert n_lost == 0
 
 
+def test_a_damaged_schema_costs_at_most_its_own_file(path: Path, tmp_path: Path) -> None:
+    make_dataset(path, shard_bytes=1 << 20)
+    file = path / "rank-00000" / "sites" / "logits" / "000000.arrow"
+    with Reader(path) as reader:
+        whole = {name: rows_by_number(reader, name) for name in reader.names}
+    data = file.read_bytes()
+    for at in range(8, 600, 5):
+        damaged = bytearray(data)
+        damaged[at] ^= 1 << at % 8
+        file.write_bytes(damaged)
+        out = tmp_path / f"out{at}.strap"
+        report = repair(path, out)
+        with Reader(out, verify="always") as reader:
+            found = {name: rows_by_number(reader, name) for name in reader.names}
+        logits = found.pop("logits", {})
+        assert found == {name: rows for name, rows in whole.items() if name != "logits"}
+        assert logits.items() <= whole["logits"].items(), at
+        assert report.is_complete == (len(logits) == len(whole["logits"])), at
+
+
 def test_one_damaged_batch_costs_one_batch(path: Path, out: Path) -> None:
     make_dataset(path, shard_bytes=1 << 20, n_steps=8)
     file = path / "rank-00000" / "sites" / "blocks.0.resid_post" / "000000.arrow"
