@@ -19,9 +19,10 @@ from typing import NamedTuple
 from strapfmt import spec
 from strapfmt.errors import WriteError, WriterConflictError
 
-__all__ = ["Disk", "IoThread", "Lock"]
+__all__ = ["Disk", "IoThread", "Lock", "Publisher"]
 
 _IOV_MAX = 512
+_MAX_PENDING = 64
 _SYNC_FILE_RANGE_WRITE = 2
 
 
@@ -77,20 +78,61 @@ class Disk:
         finally:
             os.close(fd)
 
+
+class Publisher:
+    """Makes files durable, many at a time: what is to be published is written first and waited for later.
+
+    So the disk writes all files of a commit at once, and one journal entry of the file system holds most of them.
+
+    Parameters
+    ----------
+    disk : Disk
+    """
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        #: Descriptors to be made durable in this order, and what is done then.
+        self._pending: deque[tuple[int, Callable[[], None]]] = deque()
+        #: Those of them that are files under a temporary name.
+        self._staged: list[int] = []
+
     def publish(self, path: Path, pieces: Sequence[bytes | memoryview]) -> None:
-        """Write a whole file under a temporary name (its `pieces` joined), make it durable and give it its name.
+        """Write a whole file under a temporary name (its `pieces` joined); `finish` gives it its own.
 
         The name itself is durable after `sync_directory` on the parent.
         """
         temporary = path.with_name(path.name + spec.TMP_SUFFIX)
-        self.unlink(temporary)
-        fd = self.create(temporary)
-        try:
-            self.write(fd, pieces, 0)
-            self.fsync(fd)
-        finally:
-            self.close(fd)
-        self.rename(temporary, path)
+        self._disk.unlink(temporary)
+        fd = self._disk.create(temporary)
+        self._staged.append(fd)
+        self._disk.write(fd, pieces, 0)
+        self._disk.start_writeback(fd, 0, sum(map(len, pieces)))
+        self.sync(fd, lambda: self._name(fd, temporary, path))
+
+    def sync(self, fd: int, then: Callable[[], None]) -> None:
+        """Make what was written to `fd` durable, then do `then`; both happen in `finish`, or before."""
+        self._pending.append((fd, then))
+        if len(self._pending) >= _MAX_PENDING:
+            self.finish()
+
+    def finish(self) -> None:
+        """Return when everything so far is durable and has its name."""
+        while self._pending:
+            fd, then = self._pending[0]
+            self._disk.fsync(fd)
+            then()
+            self._pending.popleft()
+
+    def close(self) -> None:
+        """Close the descriptors of files that were not finished. For abort; called when no job runs."""
+        self._pending.clear()
+        while self._staged:
+            self._disk.close(self._staged.pop())
+
+    def _name(self, fd: int, temporary: Path, path: Path) -> None:
+        self._staged.remove(fd)
+        self._disk.close(fd)
+        self._disk.rename(temporary, path)
 
 
 def _find_sync_file_range() -> Callable[..., int] | None:

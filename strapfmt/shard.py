@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from strapfmt import spec
 from strapfmt.arrowfile import Block, EncodedBatch, MessageEncoder, digest, trailer
-from strapfmt.commit import Disk, IoThread
+from strapfmt.commit import Disk, IoThread, Publisher
 from strapfmt.index import BATCH_DTYPE, RUN_DTYPE, ShardIndex, find_runs
 from strapfmt.manifest import Part, Shard
 
@@ -51,8 +51,8 @@ class ShardWriter:
 
     Parameters
     ----------
-    disk, io : Disk, IoThread
-        Where and on which thread the bytes are written.
+    disk, io, publisher : Disk, IoThread, Publisher
+        Where and on which thread the bytes are written, and who makes them durable.
     root : Path
         The rank's directory.
     directory : str
@@ -70,6 +70,7 @@ class ShardWriter:
         *,
         disk: Disk,
         io: IoThread,
+        publisher: Publisher,
         root: Path,
         directory: str,
         number: int,
@@ -78,14 +79,15 @@ class ShardWriter:
         alignment: int,
         session: int,
     ) -> None:
-        self._disk, self._io, self._root = disk, io, root
+        self._disk, self._io, self._publisher, self._root = disk, io, publisher, root
         self._stem = f"{directory}/{number:06d}"
         self._encoder, self._codec, self._alignment, self._session = encoder, codec, alignment, session
         self._fd = -1
         #: Whether the file has its final name.
         self.is_finished = False
         self._offset = len(encoder.prefix)
-        self._unsynced_from = 0
+        #: Up to where the kernel was asked to write the file out.
+        self._hinted_to = 0
         self._entries: list[npt.NDArray[np.void]] = []
         self._runs: list[npt.NDArray[np.void]] = []
         self._n_runs = 0
@@ -138,7 +140,8 @@ class ShardWriter:
                 self._publish_tail(stem, [self._encoder.prefix, encoded.header, *encoded.body, end], index)
             )
         parts.insert(0, self._data_part(spec.OPEN_SUFFIX, index.data_hash()))
-        self._io.submit(self._sync)
+        end_of_data = self._offset
+        self._io.submit(lambda: self._sync(end_of_data))
         parts.append(self._publish_index(stem, index))
         self._committed = self._record(n_rows, tail.rows if tail else None, parts, sealed=False)
         return self._committed
@@ -248,14 +251,14 @@ class ShardWriter:
 
     def _publish_tail(self, stem: str, pieces: list[bytes | memoryview], index: ShardIndex) -> Part:
         file, n_bytes = stem + spec.TAIL_SUFFIX, sum(map(len, pieces))
-        self._io.submit(lambda: self._disk.publish(self._root / file, pieces), n_bytes)
+        self._io.submit(lambda: self._publisher.publish(self._root / file, pieces), n_bytes)
         return Part(
             role="tail", file=file, codec=self._codec, n_bytes=n_bytes, hash=index.data_hash(tail=True).hex()
         )
 
     def _publish_index(self, stem: str, index: ShardIndex) -> Part:
         data, file = index.encode(), stem + spec.INDEX_SUFFIX
-        self._io.submit(lambda: self._disk.publish(self._root / file, [data]), len(data))
+        self._io.submit(lambda: self._publisher.publish(self._root / file, [data]), len(data))
         return Part(role="index", file=file, n_bytes=len(data), hash=digest(data).hex())
 
     def _write(self, encoded: EncodedBatch, release: Callable[[], None] | None) -> None:
@@ -264,11 +267,8 @@ class ShardWriter:
 
         def job() -> None:
             self._disk.write(self._fd, [encoded.header, *encoded.body], offset)
-            if offset + encoded.n_bytes - self._unsynced_from >= _WRITEBACK_BYTES:
-                self._disk.start_writeback(
-                    self._fd, self._unsynced_from, offset + encoded.n_bytes - self._unsynced_from
-                )
-                self._unsynced_from = offset + encoded.n_bytes
+            if offset + encoded.n_bytes - self._hinted_to >= _WRITEBACK_BYTES:
+                self._start_writeback(offset + encoded.n_bytes)
             if release is not None:
                 release()
 
@@ -280,19 +280,27 @@ class ShardWriter:
         self._fd = self._disk.create(self._root / (self._stem + spec.OPEN_SUFFIX))
         self._disk.write(self._fd, [self._encoder.prefix], 0)
 
-    def _sync(self) -> None:
-        self._disk.fsync(self._fd)
+    def _sync(self, end: int) -> None:
+        self._start_writeback(end)
+        self._publisher.sync(self._fd, lambda: None)
 
     def _finish(self, end: bytes, offset: int) -> None:
         self._disk.write(self._fd, [end], offset)
-        self._disk.fsync(self._fd)
-        self._disk.close(self._fd)
-        self._fd = -1
+        self._start_writeback(offset + len(end))
+        self._publisher.sync(self._fd, self._name)
+
+    def _name(self) -> None:
+        self.close()
         name = self._root / self._stem
         self._disk.rename(
             name.with_name(name.name + spec.OPEN_SUFFIX), name.with_name(name.name + spec.DATA_SUFFIX)
         )
         self.is_finished = True
+
+    def _start_writeback(self, end: int) -> None:
+        if end > self._hinted_to:
+            self._disk.start_writeback(self._fd, self._hinted_to, end - self._hinted_to)
+            self._hinted_to = end
 
 
 def _raw_bytes(batch: pa.RecordBatch) -> int:

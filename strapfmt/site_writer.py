@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from strapfmt import spec
 from strapfmt.arrowfile import MessageEncoder
-from strapfmt.commit import Disk, IoThread
+from strapfmt.commit import Disk, IoThread, Publisher
 from strapfmt.errors import ArgumentError
 from strapfmt.manifest import Counts, Layout, Shard, SiteEntry, TableEntry
 from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, site_schema
@@ -36,6 +36,7 @@ class ShardSeries:
         *,
         disk: Disk,
         io: IoThread,
+        publisher: Publisher,
         root: Path,
         directory: str,
         encoder: MessageEncoder,
@@ -49,6 +50,7 @@ class ShardSeries:
             ShardWriter,
             disk=disk,
             io=io,
+            publisher=publisher,
             root=root,
             directory=directory,
             encoder=encoder,
@@ -56,6 +58,7 @@ class ShardSeries:
             alignment=alignment,
             session=session,
         )
+        self._io, self._publisher = io, publisher
         self.directory = root / directory
         self._shard_bytes = shard_bytes
         self._done = list(done)
@@ -74,6 +77,7 @@ class ShardSeries:
         writer.append(batch)
         if writer.n_bytes >= self._shard_bytes or writer.index_bytes >= spec.MAX_INDEX_BYTES // 2:
             self._seal(None)
+            self._io.submit(self._publisher.finish)
 
     def commit(self, tail: RowBatch | None, number: int) -> list[Shard]:
         """Schedule what makes everything so far durable; return the shards as the manifest lists them."""

@@ -18,7 +18,7 @@ from strapfmt import spec
 from strapfmt.arrowfile import MessageEncoder
 from strapfmt.claim import claim_rank
 from strapfmt.codecs import get_codec
-from strapfmt.commit import Disk, IoThread
+from strapfmt.commit import Disk, IoThread, Publisher
 from strapfmt.errors import ArgumentError, SiteNotFoundError, WriterClosedError
 from strapfmt.json_fields import plain_json
 from strapfmt.layout import body_alignment, plan_layout
@@ -108,6 +108,7 @@ class DatasetWriter:
         self._last_commit = time.monotonic()
         self._commits_done = self._manifest.commit
         self._io, self._pool = IoThread(_QUEUE_BYTES), BufferPool(_QUEUE_BYTES)
+        self._publisher = Publisher(self._disk)
         try:
             self._publish_first()
         except BaseException:
@@ -338,6 +339,7 @@ class DatasetWriter:
         return ShardSeries(
             disk=self._disk,
             io=self._io,
+            publisher=self._publisher,
             root=self._root,
             directory=directory,
             encoder=encoder,
@@ -397,9 +399,11 @@ class DatasetWriter:
         is_last: bool,
     ) -> None:
         """Publish a manifest; runs on the I/O thread, behind everything that the manifest names."""
+        self._publisher.finish()
         for directory in directories:
             self._disk.sync_directory(directory)
-        self._disk.publish(self._root / spec.MANIFEST_NAME, [data])
+        self._publisher.publish(self._root / spec.MANIFEST_NAME, [data])
+        self._publisher.finish()
         self._disk.sync_directory(self._root)
         now = time.monotonic()
         self._superseded += [(now + _GRACE_S, path) for path in superseded]
@@ -435,6 +439,7 @@ class DatasetWriter:
         self._closed = how
         if os.getpid() == self._process:
             self._io.stop()
+        self._publisher.close()
         for series in self._all_series():
             series.close()
         self._lock.release()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from strapfmt import spec
-from strapfmt.commit import Disk, IoThread, Lock
+from strapfmt.commit import Disk, IoThread, Lock, Publisher
 from strapfmt.errors import WriteError, WriterConflictError
 
 
@@ -17,7 +17,10 @@ def test_a_published_file_is_whole_and_leaves_nothing_else(tmp_path: Path) -> No
     (tmp_path / "manifest.json.tmp").write_bytes(b"left by a crash")
     target.write_bytes(b"before")
     pieces = [b"a" * 3, memoryview(b""), memoryview(b"bcd")] + [bytes([i % 251]) for i in range(3000)]
-    Disk().publish(target, pieces)
+    publisher = Publisher(Disk())
+    publisher.publish(target, pieces)
+    assert target.read_bytes() == b"before"
+    publisher.finish()
     assert target.read_bytes() == b"".join(bytes(piece) for piece in pieces)
     assert os.listdir(tmp_path) == ["manifest.json"]
 
@@ -29,9 +32,35 @@ def test_a_failed_publication_leaves_what_was_there(tmp_path: Path) -> None:
 
     target = tmp_path / "x"
     target.write_bytes(b"before")
+    n_descriptors = len(os.listdir("/proc/self/fd"))
+    publisher = Publisher(NoSync())
+    publisher.publish(target, [b"after"])
     with pytest.raises(OSError, match="lost"):
-        NoSync().publish(target, [b"after"])
+        publisher.finish()
     assert target.read_bytes() == b"before"
+    publisher.close()
+    assert len(os.listdir("/proc/self/fd")) == n_descriptors
+
+
+def test_files_are_named_in_order_each_after_it_is_durable_and_few_wait_at_a_time(tmp_path: Path) -> None:
+    log: list[str] = []
+
+    class Logging(Disk):
+        def fsync(self, fd: int) -> None:
+            log.append("fsync " + os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+            super().fsync(fd)
+
+        def rename(self, source: Path, target: Path) -> None:
+            log.append(f"rename {target.name}")
+            super().rename(source, target)
+
+    publisher, n_descriptors = Publisher(Logging()), len(os.listdir("/proc/self/fd"))
+    for i in range(300):
+        publisher.publish(tmp_path / f"{i}", [bytes([i % 256])])
+        assert len(os.listdir("/proc/self/fd")) < n_descriptors + 100
+    publisher.finish()
+    assert log == [text for i in range(300) for text in (f"fsync {i}.tmp", f"rename {i}")]
+    assert len(os.listdir("/proc/self/fd")) == n_descriptors
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "dangling"])
