@@ -11,8 +11,9 @@ import ctypes
 import fcntl
 import os
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,6 +96,7 @@ class Publisher:
         self._pending: deque[tuple[int, Callable[[], None]]] = deque()
         #: Those of them that are files under a temporary name.
         self._staged: list[int] = []
+        self._doomed: list[tuple[float, Path]] = []
 
     def publish(self, path: Path, pieces: Sequence[bytes | memoryview]) -> None:
         """Write a whole file under a temporary name (its `pieces` joined); `finish` gives it its own.
@@ -122,6 +124,24 @@ class Publisher:
             self._disk.fsync(fd)
             then()
             self._pending.popleft()
+
+    def commit(self, path: Path, data: bytes, directories: Sequence[Path]) -> None:
+        """Publish the file that lists all others: those and their names in `directories` become durable before it."""
+        self.finish()
+        for directory in directories:
+            self._disk.sync_directory(directory)
+        self.publish(path, [data])
+        self.finish()
+        self._disk.sync_directory(path.parent)
+
+    def remove(self, paths: Iterable[Path], *, after_s: float) -> None:
+        """Remove files that nothing names any more, at the first call that comes so much later; 0: all of them now."""
+        now = time.monotonic()
+        self._doomed += [(now + after_s, path) for path in paths]
+        due = [path for when, path in self._doomed if when <= now or not after_s]
+        self._doomed = self._doomed[len(due) :]
+        for path in due:
+            self._disk.unlink(path)
 
     def close(self) -> None:
         """Close the descriptors of files that were not finished. For abort; called when no job runs."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,13 +18,12 @@ from strapfmt.errors import (
     CorruptError,
     DatasetChangedError,
     DatasetClosedError,
-    DatasetNotFoundError,
     SiteNotFoundError,
     UnsupportedError,
 )
 from strapfmt.manifest import Manifest, Shard
-from strapfmt.mapped import read_file
 from strapfmt.paths import absolute_path
+from strapfmt.ranks import read_manifests
 from strapfmt.report import RankReport, Report, SiteReport, shape_text
 from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, site_schema
 from strapfmt.sequence import SequenceView
@@ -43,7 +41,6 @@ __all__ = ["Reader", "SitesView", "TableView"]
 Array = npt.NDArray[Any]
 Verify = Literal["touch", "always"]
 _ATTEMPTS = 20
-_RANK_NAME = re.compile(r"rank-[0-9]{5,7}")
 
 
 class Reader:
@@ -80,7 +77,7 @@ class Reader:
         self._check_open()
         before, failed = getattr(self, "manifests", None), None
         for attempt in range(_ATTEMPTS):
-            manifests, self._pending = _read_manifests(self.path)
+            manifests, self._pending = read_manifests(self.path)
             if manifests == before:
                 return False
             try:
@@ -383,37 +380,6 @@ class SitesView(Mapping[str, Site]):
             for site in self._sites.values()
         ]
         return table_of(("site", "rows", "shape", "dtype", "codec", "row space"), rows)
-
-
-def _read_manifests(path: Path) -> tuple[dict[int, Manifest], list[int]]:
-    """Return the manifests by rank, and the ranks that have not committed anything yet."""
-    if not path.is_dir():
-        raise DatasetNotFoundError(f"{path}: no such directory; expected a dataset NAME{spec.DATASET_SUFFIX}")
-    manifests, pending = {}, []
-    for directory in sorted(path.iterdir()):
-        if not _RANK_NAME.fullmatch(directory.name):
-            continue
-        rank = int(directory.name[5:])
-        if directory.is_symlink() or directory.name != spec.RANK_DIRECTORY.format(rank=rank):
-            raise CorruptError(
-                f"{directory}: expected a plain directory {spec.RANK_DIRECTORY.format(rank=rank)!r}"
-            )
-        name = f"{directory.name}/{spec.MANIFEST_NAME}"
-        try:
-            data = read_file(path, name, spec.MAX_MANIFEST_BYTES)
-        except FileNotFoundError:
-            pending.append(rank)
-            continue
-        manifest = Manifest.decode(data, str(path / name))
-        if manifest.rank != rank:
-            raise CorruptError(
-                f"{path / name}: rank: expected {rank} as the directory says, got {manifest.rank}"
-            )
-        manifests[rank] = manifest
-    if not manifests:
-        why = f"rank {pending[0]} has not committed yet" if pending else "no rank-NNNNN directory in it"
-        raise DatasetNotFoundError(f"{path}: no strapfmt dataset: {why}")
-    return dict(sorted(manifests.items())), pending
 
 
 def _unknown(site: SiteSpec) -> str:

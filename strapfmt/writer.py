@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -22,7 +23,7 @@ from strapfmt.commit import Disk, IoThread, Publisher
 from strapfmt.errors import ArgumentError, SiteNotFoundError, WriterClosedError
 from strapfmt.json_fields import plain_json
 from strapfmt.layout import body_alignment, plan_layout
-from strapfmt.manifest import COUNTERS, Counts, Layout, Manifest, Shard, SiteEntry, file_slug
+from strapfmt.manifest import COUNTERS, Counts, Manifest, SiteEntry, file_slug
 from strapfmt.paths import absolute_path
 from strapfmt.report import SiteCount, WriteSummary
 from strapfmt.row_checks import check_columns, check_values
@@ -90,7 +91,7 @@ class DatasetWriter:
             )
         facts = plain_json(provenance or {}, "provenance")
         self.path, self.rank, self.codec = absolute_path(path), rank or 0, codec
-        self._batch_bytes, self._shard_bytes = batch_bytes, shard_bytes
+        self._batch_bytes = batch_bytes
         self._commit_interval_s = commit_interval_s
         self._disk = disk or Disk()
         self._root = self.path / spec.RANK_DIRECTORY.format(rank=self.rank)
@@ -101,7 +102,6 @@ class DatasetWriter:
         self._counting = threading.Lock()
         self._sites: dict[str, SiteWriter] = {}
         self._tables: dict[str, TableWriter] = {}
-        self._superseded: list[tuple[float, Path]] = []
         self._n_bytes = 0
         self._closed, self._is_torn = "", False
         self._process = os.getpid()
@@ -109,6 +109,15 @@ class DatasetWriter:
         self._commits_done = self._manifest.commit
         self._io, self._pool = IoThread(_QUEUE_BYTES), BufferPool(_QUEUE_BYTES)
         self._publisher = Publisher(self._disk)
+        self._make_series = partial(
+            ShardSeries,
+            disk=self._disk,
+            io=self._io,
+            publisher=self._publisher,
+            root=self._root,
+            shard_bytes=shard_bytes,
+            session=len(self._sessions) - 1,
+        )
         try:
             self._publish_first()
         except BaseException:
@@ -298,12 +307,12 @@ class DatasetWriter:
         entry = next((entry for entry in self._manifest.sites if entry.spec.name == site.name), None)
         encoder = self._encoder(site_schema(site), site.codec)
         layout = entry.layout if entry else plan_layout(site, encoder.header_bytes(), self._batch_bytes)
-        series = self._series(
-            f"{spec.SITES_DIRECTORY}/{file_slug(site.name)}",
-            encoder,
-            site,
-            layout,
-            entry.shards if entry else (),
+        series = self._make_series(
+            directory=f"{spec.SITES_DIRECTORY}/{file_slug(site.name)}",
+            encoder=encoder,
+            codec=site.codec,
+            alignment=body_alignment(site, layout),
+            done=entry.shards if entry else (),
         )
         return SiteWriter(
             site,
@@ -319,36 +328,16 @@ class DatasetWriter:
         if name not in self._tables:
             entry = next((entry for entry in self._manifest.tables if entry.name == name), None)
             encoder = self._encoder(TABLE_SCHEMAS[name], "none")
-            directory = f"{spec.TABLES_DIRECTORY}/{name}"
-            self._tables[name] = TableWriter(
-                name, self._series(directory, encoder, None, Layout(), entry.shards if entry else ())
+            series = self._make_series(
+                directory=f"{spec.TABLES_DIRECTORY}/{name}",
+                encoder=encoder,
+                done=entry.shards if entry else (),
             )
+            self._tables[name] = TableWriter(name, series)
         return self._tables[name]
 
     def _encoder(self, schema: pa.Schema, codec: str) -> MessageEncoder:
         return MessageEncoder(with_session(schema, len(self._sessions) - 1), get_codec(codec))
-
-    def _series(
-        self,
-        directory: str,
-        encoder: MessageEncoder,
-        site: SiteSpec | None,
-        layout: Layout,
-        done: Sequence[Shard],
-    ) -> ShardSeries:
-        return ShardSeries(
-            disk=self._disk,
-            io=self._io,
-            publisher=self._publisher,
-            root=self._root,
-            directory=directory,
-            encoder=encoder,
-            codec=site.codec if site else "none",
-            alignment=body_alignment(site, layout) if site else 8,
-            shard_bytes=self._shard_bytes,
-            session=len(self._sessions) - 1,
-            done=done,
-        )
 
     def _all_series(self) -> list[ShardSeries]:
         return [
@@ -390,27 +379,11 @@ class DatasetWriter:
         self._last_commit = time.monotonic()
 
     def _publish(
-        self,
-        data: bytes,
-        directories: Sequence[Path],
-        superseded: Sequence[Path],
-        number: int,
-        *,
-        is_last: bool,
+        self, data: bytes, directories: list[Path], superseded: list[Path], number: int, *, is_last: bool
     ) -> None:
         """Publish a manifest; runs on the I/O thread, behind everything that the manifest names."""
-        self._publisher.finish()
-        for directory in directories:
-            self._disk.sync_directory(directory)
-        self._publisher.publish(self._root / spec.MANIFEST_NAME, [data])
-        self._publisher.finish()
-        self._disk.sync_directory(self._root)
-        now = time.monotonic()
-        self._superseded += [(now + _GRACE_S, path) for path in superseded]
-        due = [path for when, path in self._superseded if when <= now or is_last]
-        self._superseded = self._superseded[len(due) :]
-        for path in due:
-            self._disk.unlink(path)
+        self._publisher.commit(self._root / spec.MANIFEST_NAME, data, directories)
+        self._publisher.remove(superseded, after_s=0 if is_last else _GRACE_S)
         self._commits_done = number
 
     def _check_open(self) -> None:

@@ -197,15 +197,27 @@ def test_a_site_keeps_its_row_space_when_appended_to(tmp_path: Path) -> None:
     assert Reader(path)["logits"].rows.tolist() == [3, 4]
 
 
-def test_logits_declared_with_rows_of_their_own_keep_them_when_appended_to(tmp_path: Path) -> None:
-    model, path = tiny_model("llama"), tmp_path / "x.strap"
-    for keep in (torch.tensor([0, 2]), 1, 0):
+class Either(torch.nn.Module):
+    """Runs its head on hidden states that are given, or on those of tokens."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, states: torch.Tensor | None = None, input_ids: torch.Tensor | None = None) -> object:
+        return self.model.lm_head(states) if input_ids is None else self.model(input_ids=input_ids)
+
+
+def test_logits_declared_with_rows_of_their_own_keep_them_and_say_their_tokens(tmp_path: Path) -> None:
+    model, path = Either(tiny_model("llama")), tmp_path / "x.strap"
+    for inputs in ({"states": torch.zeros(1, 2, 32)}, {"input_ids": IDS}):
         with strapfmt.capture(
-            model, path, sites="logits", mode="append" if path.exists() else "create", quiet=True
+            model, path, sites="**.lm_head", mode="append" if path.exists() else "create", quiet=True
         ):
-            model(input_ids=IDS, logits_to_keep=keep)
-    column = Reader(path)["logits"].to_arrow(["token_row"])["token_row"]
-    assert column.to_pylist() == [None, None, 7, 8, 9, 10, 11]
+            model(**inputs)
+    (site,) = Reader(path).sites.values()
+    assert site.row_space == "own"
+    assert site.to_arrow(["token_row"])["token_row"].to_pylist() == [None, None, 0, 1, 2, 3]
 
 
 def test_a_second_writer_gets_a_clear_error(tmp_path: Path) -> None:

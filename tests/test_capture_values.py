@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,6 @@ from models import FAMILIES, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 import strapfmt
-from strapfmt.errors import CaptureError
 from strapfmt.reader import Reader
 
 TEXTS = ["the cat", "a longer text", "x"]
@@ -263,32 +263,85 @@ def test_strided_outputs_arrive_in_order(tmp_path: Path) -> None:
     assert_same_bits(Reader(tmp_path / "x.strap")["inner"].tensor(), expected)
 
 
-def test_attention_patterns_are_ragged_and_one_row_a_token(tmp_path: Path) -> None:
-    model, inputs = tiny_model("llama", attn_implementation="eager"), batch()
+def patterns_of(path: Path, name: str) -> list[torch.Tensor]:
+    """Read attention patterns row by row, [heads, keys]."""
+    columns = Reader(path)[name].to_arrow(["activation", "shape"])
+    return [
+        torch.tensor(values.as_py()).reshape(shape.as_py())
+        for values, shape in zip(columns["activation"], columns["shape"], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+def test_attention_patterns_are_one_row_a_token_and_one_key_a_token(
+    tmp_path: Path, side: str, cache: str
+) -> None:
+    model, inputs = tiny_model("llama", attn_implementation="eager"), batch(side)
+    is_real = inputs["attention_mask"].bool()
+    how: dict[str, Any] = {"use_cache": False} if cache == "none" else {"cache_implementation": cache}
     with (
         recorded(blocks_of(model)[1].self_attn, 1) as outputs,
         strapfmt.capture(model, tmp_path / "x.strap", sites="blocks.1.attn_pattern", quiet=True),
     ):
-        model.generate(**inputs, max_new_tokens=3, do_sample=False)
-    prefill = outputs[0]
-    site = Reader(tmp_path / "x.strap")["blocks.1.attn_pattern"]
-    stored = inputs["attention_mask"].bool()
-    n_heads, n_keys = prefill.shape[1], prefill.shape[3]
-    assert site.shape == (n_heads, -1)
-    columns = site.to_arrow(["shape", "activation", "l2_norm", "row"])
-    n_prompt = int(stored.sum())
-    assert columns["shape"].to_pylist()[: n_prompt + 1] == [[n_heads, n_keys]] * n_prompt + [
-        [n_heads, n_keys + 1]
-    ]
-    expected = prefill.transpose(1, 2)[stored]
-    for i in range(n_prompt):
-        np.testing.assert_array_equal(
-            columns["activation"][i].values.to_numpy(), expected[i].flatten().numpy()
-        )
-    np.testing.assert_allclose(
-        columns["l2_norm"].to_numpy()[:n_prompt], expected.flatten(1).norm(dim=1).numpy(), rtol=1e-5
+        model.generate(**inputs, max_new_tokens=3, do_sample=False, eos_token_id=None, **how)
+    expected = []
+    for output in outputs:
+        n_query = output.shape[2]
+        if cache == "none":
+            is_real = torch.nn.functional.pad(
+                inputs["attention_mask"].bool(), (0, n_query - inputs["attention_mask"].shape[1]), value=True
+            )
+        elif output is not outputs[0]:
+            is_real = torch.nn.functional.pad(is_real, (0, 1), value=True)
+        for pattern, real in zip(output, is_real, strict=True):
+            queries = real[-n_query:]
+            expected += [
+                pattern[:, query, : len(real)][:, real] for query in queries.nonzero()[:, 0].tolist()
+            ]
+    found = patterns_of(tmp_path / "x.strap", "blocks.1.attn_pattern")
+    assert len(found) == len(expected) == len(Reader(tmp_path / "x.strap").tokens)
+    for here, there in zip(found, expected, strict=True):
+        assert_same_bits(here, there.contiguous())
+        torch.testing.assert_close(here.sum(-1), torch.ones(len(here)))
+    positions = Reader(tmp_path / "x.strap").tokens.to_arrow(["position"])["position"].to_pylist()
+    for pattern, position in zip(found, positions, strict=True):
+        assert bool((pattern[:, : position + 1] > 0).all())
+        assert not pattern[:, position + 1 :].any()
+
+
+def test_patterns_of_a_sliding_window_hold_its_keys(tmp_path: Path) -> None:
+    model, inputs = tiny_model("gemma2", attn_implementation="eager"), batch("left")
+    with (
+        recorded(blocks_of(model)[0].self_attn, 1) as outputs,
+        strapfmt.capture(model, tmp_path / "x.strap", sites="blocks.0.attn_pattern", quiet=True),
+    ):
+        model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    is_real = inputs["attention_mask"].bool()
+    expected = []
+    for output in outputs:
+        is_real = is_real if output is outputs[0] else torch.nn.functional.pad(is_real, (0, 1), value=True)
+        for pattern, real in zip(output, is_real, strict=True):
+            window, queries = real[-output.shape[3] :], real[-output.shape[2] :]
+            expected += [pattern[:, q][:, window] for q in queries.nonzero()[:, 0].tolist()]
+    assert any(output.shape[3] < is_real.shape[1] for output in outputs[1:])
+    found = patterns_of(tmp_path / "x.strap", "blocks.0.attn_pattern")
+    for here, there in zip(found, expected, strict=True):
+        assert_same_bits(here, there.contiguous())
+
+
+def test_keys_that_a_token_attends_to_are_never_left_out(tmp_path: Path) -> None:
+    model, inputs = tiny_model("llama", attn_implementation="eager"), batch("left")
+    # As a model would that ignores the mask: every query attends to every key.
+    blocks_of(model)[0].self_attn.register_forward_hook(
+        lambda _, args, output: (output[0], torch.full_like(output[1], 0.25))
     )
-    assert len(columns) == n_prompt + 2 * len(TEXTS)
+    with strapfmt.capture(model, tmp_path / "x.strap", sites="blocks.0.attn_pattern", quiet=True):
+        model(**inputs)
+    n_keys = inputs["input_ids"].shape[1]
+    found = patterns_of(tmp_path / "x.strap", "blocks.0.attn_pattern")
+    assert {pattern.shape[1] for pattern in found} == {n_keys}
+    assert all(bool((pattern == 0.25).all()) for pattern in found)
 
 
 def test_files_are_plain_arrow(tmp_path: Path) -> None:
@@ -376,30 +429,61 @@ def test_right_padded_last_logits_belong_to_padding_and_are_left_out(tmp_path: P
     ]
 
 
-def test_logits_at_places_the_caller_chose_claim_no_token(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    with strapfmt.capture(model, tmp_path / "x.strap", sites="logits", quiet=True):
-        model(input_ids=torch.tensor([[5, 6, 7, 8]]), logits_to_keep=torch.tensor([0, 2]))
-    column = Reader(tmp_path / "x.strap")["logits"].to_arrow(["token_row"])["token_row"]
-    assert (len(column), column.null_count) == (2, 2)
+class Holder(torch.nn.Module):
+    """Passes everything on, as a wrapper around a language model does."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.inner(**inputs, logits_to_keep=torch.tensor([1, 3]))
 
 
-def test_as_many_chosen_places_as_tokens_claim_no_token_either(tmp_path: Path) -> None:
-    model, ids, chosen = tiny_model("llama"), torch.tensor([[5, 6, 7]]), torch.tensor([2, 0, 1])
-    with strapfmt.capture(model, tmp_path / "x.strap", sites="logits", quiet=True):
-        model(input_ids=ids, logits_to_keep=chosen)
-    assert Reader(tmp_path / "x.strap")["logits"].row_space == "own"
-    said = r"site 'logits'.*tensor logits_to_keep, whose tokens are not known"
-    with strapfmt.capture(model, tmp_path / "y.strap", sites="logits", quiet=True):
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool])
+@pytest.mark.parametrize("chosen", [[0, 2], [3, 0, 1], [-1, 1, 1]])
+def test_logits_at_positions_the_caller_chose_are_rows_of_those_tokens(
+    tmp_path: Path, chosen: list[int], kind: torch.dtype, side: str
+) -> None:
+    model, inputs = tiny_model("llama"), batch(side)
+    is_real = inputs["attention_mask"].bool()
+    n_query = is_real.shape[1]
+    keep = torch.tensor(chosen)
+    if kind is torch.bool:
+        keep = torch.zeros(n_query, dtype=kind).index_fill(0, keep % n_query, True)
+    with strapfmt.capture(model, tmp_path / "x.strap", sites=["logits"], quiet=True):
+        model(**inputs)
+        given = model(**inputs, logits_to_keep=keep).logits
+    positions = torch.arange(n_query)[keep].tolist()
+    places = sorted(set(positions))
+    columns = [positions.index(place) for place in places]
+    row_of = torch.full(is_real.shape, -1)
+    row_of[is_real] = int(is_real.sum()) + torch.arange(int(is_real.sum()))
+    with strapfmt.open(tmp_path / "x.strap") as ds:
+        rows = ds["logits"].rows[int(is_real.sum()) :]
+        assert rows.tolist() == row_of[:, places][is_real[:, places]].tolist()
+        assert_same_bits(ds["logits"].take(rows), given[:, columns][is_real[:, places]])
+
+
+def test_positions_chosen_inside_a_wrapper_are_seen(tmp_path: Path) -> None:
+    model, ids = Holder(tiny_model("llama")), torch.tensor([[5, 6, 7, 8]])
+    with strapfmt.capture(model, tmp_path / "x.strap", sites="**.lm_head", quiet=True):
         model(input_ids=ids)
-        with pytest.raises(CaptureError, match=said):
-            model(input_ids=ids, logits_to_keep=chosen)
+    (site,) = strapfmt.open(tmp_path / "x.strap").sites.values()
+    assert (site.row_space, site.rows.tolist()) == ("tokens", [1, 3])
+
+
+def test_chosen_positions_that_do_not_exist_stay_the_error_of_the_model(tmp_path: Path) -> None:
+    model, ids, keep = tiny_model("llama"), torch.tensor([[5, 6, 7]]), torch.tensor([9])
+    with pytest.raises(IndexError) as bare:
+        model(input_ids=ids, logits_to_keep=keep)
     with (
-        pytest.raises(CaptureError, match=said),
-        strapfmt.capture(model, tmp_path / "y.strap", sites="logits", mode="append", quiet=True),
+        pytest.raises(IndexError) as caught,
+        strapfmt.capture(model, tmp_path / "x.strap", sites="logits", quiet=True),
     ):
-        model(input_ids=ids, logits_to_keep=chosen)
-    assert Reader(tmp_path / "y.strap")["logits"].rows.tolist() == [0, 1, 2]
+        model(input_ids=ids, logits_to_keep=keep)
+    assert str(caught.value) == str(bare.value)
 
 
 @pytest.mark.parametrize("keep", [(0, 1), (1, 0)], ids=["whole first", "last first"])

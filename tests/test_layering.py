@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"schema", "arrowfile"},
     {"manifest", "index"},
     {"layout", "commit", "mapped", "report", "row_checks"},
-    {"shard", "shard_files", "claim", "salvage", "unfinished"},
+    {"ranks", "shard", "shard_files", "claim", "salvage", "unfinished"},
     {"shard_reader"},
     {"site_writer", "sharded", "addresses", "table"},
     {"site"},
@@ -38,6 +38,7 @@ LAYERS: list[set[str]] = [
 WRITING = {"shard", "site_writer", "writer", "commit"}
 READING = {
     "mapped",
+    "ranks",
     "shard_files",
     "shard_reader",
     "addresses",

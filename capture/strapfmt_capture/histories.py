@@ -49,6 +49,7 @@ class History:
 
     __slots__ = (
         "_cells",
+        "_has_padding",
         "_own_from",
         "is_copy",
         "last_row",
@@ -65,6 +66,7 @@ class History:
         self.last_row = np.full(n_sequences, PADDING, np.int64)
         self.is_copy = False
         self.length = 0
+        self._has_padding = False
         self._own_from = 0  # places before this one are those of the copied cache
         self._cells = np.empty((n_sequences, _FIRST_CAPACITY), np.int64)
 
@@ -80,6 +82,7 @@ class History:
             Row ids, larger than all before; `PADDING` where there is no token. Copied.
         """
         self._extend(rows)
+        self._has_padding |= bool(rows.min(initial=0) == PADDING)
         np.maximum(self.last_row, rows.max(axis=1), out=self.last_row)
         if rows.shape[1] == 1 and rows.min() >= 0:
             self.n_tokens += 1
@@ -117,8 +120,27 @@ class History:
         copied.length, copied._cells = self.length, self._cells
         copied.n_tokens, copied.last_row = self.n_tokens, self.last_row
         copied.select(np.arange(len(self)))  # own arrays
-        copied.is_copy, copied._own_from = True, self.length
+        copied.is_copy, copied._own_from, copied._has_padding = True, self.length, self._has_padding
         return copied
+
+    def real_keys(self, n_keys: int) -> NDArray[np.bool_] | None:
+        """Say which of a cache's keys are tokens, and which are padding or places that are not used yet.
+
+        Parameters
+        ----------
+        n_keys : int
+            Keys that attention sees: all places, the last of them (a sliding window), or more (a static cache).
+
+        Returns
+        -------
+        ndarray of bool [n_sequences, n_keys] or None
+            None if all are tokens.
+        """
+        if not self._has_padding and n_keys <= self.length:
+            return None
+        real = np.zeros((len(self), n_keys), bool)
+        real[:, : self.length] = self._cells[:, max(self.length - n_keys, 0) : self.length] != PADDING
+        return real
 
     def settle(self, next_sequence: Callable[[int], int]) -> list[tuple[int, int]]:
         """Give every slot a sequence of its own, now that its next token is known to come.

@@ -27,10 +27,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from strapfmt.errors import CaptureError, CompiledModelError, RingFullError
+from strapfmt.errors import CaptureError, RingFullError
 from strapfmt.schema import SiteSpec
 from strapfmt_capture.drain import Drain, Events, Item, StepEnd, StepStart
+from strapfmt_capture.eager import check_runs_eagerly, in_backward
 from strapfmt_capture.hookpoints import HookPoint
+from strapfmt_capture.inputs import named_arguments
 from strapfmt_capture.placement import Layout, Placement, declare
 from strapfmt_capture.ring import Ring, Slot
 from strapfmt_capture.rows import RowTracker, Step
@@ -45,15 +47,7 @@ _PIECE_SHARE = 8
 # When a step begins and more than this share is in use, the ring counts as full: the rest is for the step itself.
 _FULL_SHARE = 1 / 2
 _REASON_CHARS = 500
-# What compiles the Python frames of this thread; asking must not import the compiler.
-_frame_compiler: Callable[[], object] = getattr(
-    torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None
-)
 _NO_KWARGS: dict[str, Any] = {}
-_COMPILED = (
-    "the model runs under torch.compile, where hooks are not run reliably; capture first and compile afterwards, or "
-    "capture a copy that is not compiled"
-)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -92,7 +86,7 @@ class _OpenStep:
     frame: FrameType
     exception: BaseException | None
     is_dropped: bool
-    keeps_last: bool
+    chosen: npt.NDArray[np.int64] | None
     started_ns: int
     started_s: float
     dropped: dict[str, int] = field(default_factory=dict)
@@ -179,9 +173,8 @@ class Hooks:
     # Steps.
 
     def _enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _is_compiled():
-            raise CompiledModelError(_COMPILED)
-        if _in_backward():
+        check_runs_eagerly()
+        if in_backward():
             return
         if os.getpid() != self.process:
             raise CaptureError(
@@ -192,6 +185,8 @@ class Hooks:
         frame = sys._getframe(1)
         if self._open is not None:
             if self._is_inside(frame):
+                if self._open.chosen is None:
+                    self._open.chosen = _chosen_positions(self._open.step, module, args, kwargs)
                 return
             self._end(self._open, "abandoned", "interrupted")
         self._drain.check()
@@ -201,7 +196,8 @@ class Hooks:
                 f"the ring is full ({self._ring.n_used} of {self._ring.n_bytes} bytes wait to be written) and "
                 'on_full="raise"; use "block" or "drop", a larger ring_bytes, fewer sites or a faster disk'
             )
-        self._begin(self._tracker.begin(module, args, kwargs), frame, is_full, kwargs)
+        step = self._tracker.begin(module, args, kwargs)
+        self._begin(step, frame, is_full, _chosen_positions(step, module, args, kwargs))
 
     def _is_inside(self, frame: FrameType | None) -> bool:
         """Whether a call lies inside that of the open step; raise if it comes from another thread."""
@@ -215,7 +211,9 @@ class Hooks:
             frame = frame.f_back
         return frame is not None
 
-    def _begin(self, step: Step, frame: FrameType, is_dropped: bool, kwargs: Mapping[str, Any]) -> None:
+    def _begin(
+        self, step: Step, frame: FrameType, is_dropped: bool, chosen: npt.NDArray[np.int64] | None
+    ) -> None:
         if is_dropped:
             self.n_dropped_steps += 1
             if len(step.rows):
@@ -231,7 +229,7 @@ class Hooks:
             frame=frame,
             exception=sys.exception(),
             is_dropped=is_dropped,
-            keeps_last=not isinstance(kwargs.get("logits_to_keep"), torch.Tensor),
+            chosen=chosen,
             started_ns=time.time_ns(),
             started_s=time.perf_counter(),
         )
@@ -278,11 +276,10 @@ class Hooks:
         return hook
 
     def _fire(self, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if _is_compiled():
-            raise CompiledModelError(_COMPILED)
+        check_runs_eagerly()
         open_step = self._open
         if open_step is None:
-            if _in_backward():
+            if in_backward():
                 return
             raise CaptureError(
                 f"site {tap.point.site!r} at {tap.point.hook_point} fired outside a forward pass of the captured "
@@ -292,10 +289,10 @@ class Hooks:
         with self._producing:
             layout = tap.layout or self._declare(tap, x, open_step)
             is_whole = x.dtype is layout.dtype and x.shape == open_step.batch + layout.shape
-            if is_whole and layout.ndim is None and (open_step.keeps_last or not layout.is_head):
+            if is_whole and layout.ndim is None and (open_step.chosen is None or not layout.is_head):
                 placed = open_step.whole
             else:
-                placed = layout.place(x, open_step.step, keeps_last=open_step.keeps_last)
+                placed = layout.place(x, open_step.step, open_step.chosen)
             if layout.ndim is None and tap.last_step == open_step.step.step:
                 raise CaptureError(
                     f"site {tap.point.site!r} at {tap.point.hook_point} fired twice in one forward pass, which would "
@@ -309,7 +306,14 @@ class Hooks:
                 name = layout.spec.name
                 open_step.dropped[name] = open_step.dropped.get(name, 0) + placed.n_rows
             elif placed.n_rows:
-                self._copy(layout, x.detach() if x.requires_grad else x, placed, call, open_step)
+                values = x.detach() if x.requires_grad else x
+                parts = (
+                    layout.parts(values, placed, open_step.step)
+                    if layout.spec.is_ragged
+                    else [(values, placed)]
+                )
+                for part, place in parts:
+                    self._copy(layout, part, place, call, open_step)
 
     def _declare(self, tap: Tap, x: torch.Tensor, open_step: _OpenStep) -> Layout:
         tap.layout = declare(
@@ -320,7 +324,7 @@ class Hooks:
             codec=self._codec,
             statistics=self._statistics,
             known=self._known.get(tap.point.site),
-            keeps_last=open_step.keeps_last,
+            chosen=open_step.chosen,
         )
         self.devices.add(x.device)
         self._ring.publish(tap.layout.spec)
@@ -396,14 +400,18 @@ def _index(index: npt.NDArray[np.int64], device: torch.device, open_step: _OpenS
     return open_step.index[device]
 
 
-def _is_compiled() -> bool:
-    """Whether this runs below torch.compile, be it while that traces or while it falls back to Python."""
-    return _frame_compiler() not in (None, False) or torch.compiler.is_compiling()
-
-
-def _in_backward() -> bool:
-    """Whether this is the second forward pass of gradient checkpointing, made by autograd while it runs backward."""
-    return torch._C._current_graph_task_id() != -1
+def _chosen_positions(
+    step: Step, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> npt.NDArray[np.int64] | None:
+    """Return the positions at which the head is told to compute, None if it computes all or the last ones."""
+    chosen = named_arguments(module, args, kwargs).get("logits_to_keep")
+    if not isinstance(chosen, torch.Tensor) or not step.is_language:
+        return None
+    try:
+        positions: npt.NDArray[np.int64] = np.arange(step.n_query)[chosen.cpu().numpy()].reshape(-1)
+    except IndexError:  # the model is about to say so itself
+        return None
+    return positions
 
 
 def _reason(error: BaseException | None) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from strapfmt.errors import CaptureError
 
-__all__ = ["Inputs", "read_inputs"]
+__all__ = ["Inputs", "named_arguments", "read_inputs"]
 
 # What models call their token ids, Hugging Face's name first.
 _TOKEN_NAMES = ("input_ids", "idx", "tokens", "token_ids")
@@ -155,12 +155,7 @@ def read_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[
     CaptureError
         For caches and masks that cannot be followed: tuples of tensors, block masks, paged batches.
     """
-    given: Mapping[str, Any] = kwargs
-    if args:
-        given = {
-            **dict(zip(_parameter_names(type(_unwrapped(module)).forward), args, strict=False)),
-            **kwargs,
-        }
+    given = named_arguments(module, args, kwargs)
     shaped = _token_ids(given)
     if shaped is None:
         return None
@@ -178,6 +173,15 @@ def read_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[
         position_ids=given.get("position_ids"),
         boundaries=given.get("cu_seq_lens_q"),
     )
+
+
+def named_arguments(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Return the arguments of a call of `module` by their names."""
+    if not args:
+        return kwargs
+    return {**dict(zip(_parameter_names(type(_unwrapped(module)).forward), args, strict=False)), **kwargs}
 
 
 def _int64(token_ids: torch.Tensor) -> NDArray[np.int64]:

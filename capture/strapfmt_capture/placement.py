@@ -5,14 +5,15 @@ its own: of a tensor with up to three dimensions every leading one counts rows a
 larger one the first counts rows. (A tensor of one's own kind that happens to begin with the sizes of the batch cannot
 be told from tokens.)
 
-The head of a language model may compute fewer positions, `[n_sequences, k, d_vocab]`. The last ones are rows of
-tokens, like all of them would be, so that the row space of logits does not depend on which pass comes first. Positions
-that the caller chose (`logits_to_keep` is a tensor) are of tokens unknown.
+The head of a language model may compute fewer positions, `[n_sequences, k, d_vocab]`: the last ones, or those that the
+caller chose (`logits_to_keep` is a tensor). They are rows of tokens, like all of them would be, so that the row space
+of logits does not depend on which pass comes first.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,8 +44,8 @@ class Placement:
     rows : int64 [n_rows] or None
         Their row ids, in the row space of the tokens.
     token_row : int64 [n_rows] or None
-        In a site's own row space, the token each belongs to, if that is known (of a head, in a dataset that
-        declared its logits so).
+        In a site's own row space, the token each belongs to, if that is known (of a head that was first run on
+        something else than tokens).
     """
 
     n_rows: int
@@ -78,7 +79,7 @@ class Layout:
     is_head: bool
     where: str
 
-    def place(self, x: torch.Tensor, step: Step, *, keeps_last: bool = True) -> Placement:
+    def place(self, x: torch.Tensor, step: Step, chosen: _Int64 | None = None) -> Placement:
         """Return the rows of `x` in `step`.
 
         Parameters
@@ -86,15 +87,15 @@ class Layout:
         x : torch.Tensor
             What the site gave.
         step : Step
-        keeps_last : bool
-            Whether a head that leaves out positions keeps the last ones (and not some that the caller chose).
+        chosen : int64 [k], optional
+            The positions at which a head computes; None: all, or the last ones.
 
         Raises
         ------
         CaptureError
             If `x` is neither of the dtype and shape declared nor in their row space.
         """
-        tokens = self._tokens(x, step, keeps_last)
+        tokens = self._tokens(x, step, chosen)
         if x.dtype is self.dtype and self.ndim is None and tokens is not None:
             index, rows = tokens
             return Placement(n_rows=len(rows), index=index, rows=rows)
@@ -105,27 +106,54 @@ class Layout:
             lead = x.ndim - len(self.shape)
             if x.shape[lead:] == self.shape:
                 return Placement(n_rows=math.prod(x.shape[:lead]), index=None)
-        raise CaptureError(self._complaint(x, step, keeps_last))
+        raise CaptureError(self._complaint(x, step))
 
-    def _tokens(self, x: torch.Tensor, step: Step, keeps_last: bool) -> tuple[_Int64 | None, _Int64] | None:
+    def parts(
+        self, x: torch.Tensor, placed: Placement, step: Step
+    ) -> Iterator[tuple[torch.Tensor, Placement]]:
+        """Yield what is to be stored of a ragged site: `x` itself, or each sequence's patterns without keys of padding.
+
+        A key is left out if no token of its sequence attends to it at all, so that nothing is lost where a model
+        attends to padding in earnest.
+
+        Yields
+        ------
+        torch.Tensor, Placement
+            A view, or a copy `[n_tokens, heads, keys]` of one sequence.
+        """
+        rows, keys = placed.rows, None
+        if x.ndim == 4 and step.history is not None:
+            keys = step.history.real_keys(x.shape[-1])
+        if rows is None or keys is None:
+            yield x, placed
+            return
+        places = np.arange(placed.n_rows) if placed.index is None else placed.index
+        for sequence, real in enumerate(keys):
+            chosen = places // step.n_query == sequence
+            inside = torch.from_numpy(places[chosen] % step.n_query).to(x.device)
+            pattern = x[sequence].index_select(0, inside)
+            is_real = torch.from_numpy(real).to(x.device)
+            if not pattern[..., ~is_real].any():
+                pattern = pattern[..., is_real]
+            yield pattern, Placement(n_rows=len(inside), index=None, rows=rows[chosen])
+
+    def _tokens(
+        self, x: torch.Tensor, step: Step, chosen: _Int64 | None
+    ) -> tuple[_Int64 | None, _Int64] | None:
         """Places in `x` and row ids of the tokens it holds, None if it is not rows of tokens."""
-        lead = _token_dimensions(x, step, is_head=self.is_head, keeps_last=keeps_last)
+        lead = _token_dimensions(x, step, chosen, is_head=self.is_head)
         if not lead or not _matches(x.shape[lead:], self.shape):
             return None
+        if self.is_head and chosen is not None:
+            return _at_positions(step, chosen)
         if lead == 2 and x.shape[1] < step.n_query:
-            return _last_positions(step, x.shape[1])
+            return _at_positions(step, np.arange(step.n_query - x.shape[1], step.n_query))
         return step.selected, step.rows
 
-    def _complaint(self, x: torch.Tensor, step: Step, keeps_last: bool) -> str:
+    def _complaint(self, x: torch.Tensor, step: Step) -> str:
         row = "x".join(map(str, self.shape)).replace("-1", "?") or "a scalar"
         lead = f"[{step.n_sequences}, {step.n_query}" if self.ndim is None else "[n"
         expected = f"{self.spec.dtype} {lead}, *({row})], as at its first call"
-        if self.is_head and not keeps_last:
-            return (
-                f"site {self.spec.name!r} at {self.where}: expected rows of tokens, as at its first call; found "
-                f"{list(x.shape)} at positions chosen by a tensor logits_to_keep, whose tokens are not known; pass a "
-                "number, or capture this call into a dataset of its own"
-            )
         return (
             f"site {self.spec.name!r} at {self.where}: expected {expected}, found "
             f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}; a site holds rows of one kind: capture "
@@ -142,7 +170,7 @@ def declare(
     codec: str,
     statistics: tuple[str, ...],
     known: SiteSpec | None = None,
-    keeps_last: bool = True,
+    chosen: _Int64 | None = None,
 ) -> Layout:
     """Decide at the first firing what a site holds.
 
@@ -158,7 +186,7 @@ def declare(
         As in `SiteSpec`.
     known : SiteSpec, optional
         What an earlier session, which is appended to, declared; its row space is kept.
-    keeps_last : bool
+    chosen : int64 [k], optional
         As in `Layout.place`.
 
     Raises
@@ -171,12 +199,10 @@ def declare(
             f"site {point.site!r} at {point.hook_point}: expected a plain dense tensor with values, found "
             f"a {type(x).__name__} ({x.layout}, on {x.device}); leave this site out"
         )
-    lead = _token_dimensions(x, step, is_head=is_head, keeps_last=keeps_last)
+    lead = _token_dimensions(x, step, chosen, is_head=is_head)
     shape: tuple[int, ...]
     ndim: int | None
-    if is_head and not keeps_last and known is not None and known.row_space == "tokens":
-        shape, ndim = known.shape, None  # `Layout.place` says what is wrong
-    elif point.heads_first and lead == 2 and x.ndim == 4:
+    if point.heads_first and lead == 2 and x.ndim == 4:
         shape, ndim = (x.shape[2], -1), None
     elif lead and (known is None or known.row_space == "tokens"):
         shape, ndim = tuple(x.shape[lead:]), None
@@ -206,10 +232,12 @@ def declare(
     return Layout(spec=spec, dtype=x.dtype, shape=shape, ndim=ndim, is_head=is_head, where=point.hook_point)
 
 
-def _token_dimensions(x: torch.Tensor, step: Step, *, is_head: bool, keeps_last: bool) -> int:
+def _token_dimensions(x: torch.Tensor, step: Step, chosen: _Int64 | None, *, is_head: bool) -> int:
     """How many leading dimensions of `x` are tokens of the step: 2, 1 if they are flattened, or 0 if none are."""
-    if not step.is_language or (is_head and not keeps_last):
+    if not step.is_language:
         return 0
+    if is_head and chosen is not None:
+        return 2 * (x.shape[:2] == (step.n_sequences, len(chosen)))
     if x.shape[:2] == (step.n_sequences, step.n_query):
         return 2
     if x.shape[:1] == (step.n_sequences * step.n_query,):
@@ -225,10 +253,11 @@ def _matches(found: torch.Size, declared: tuple[int, ...]) -> bool:
     )
 
 
-def _last_positions(step: Step, n_positions: int) -> tuple[_Int64 | None, _Int64]:
-    """Places and row ids of the stored tokens among the last positions of each sequence."""
+def _at_positions(step: Step, positions: _Int64) -> tuple[_Int64 | None, _Int64]:
+    """Places in a tensor `[n_sequences, positions]` and row ids of its stored tokens, in the order of the rows."""
     all_rows = np.full(step.n_sequences * step.n_query, -1, np.int64)
     all_rows[slice(None) if step.selected is None else step.selected] = step.rows
-    rows = all_rows.reshape(step.n_sequences, step.n_query)[:, step.n_query - n_positions :].ravel()
-    index = np.flatnonzero(rows >= 0)
-    return (None, rows) if len(index) == len(rows) else (index, rows[index])
+    of_tensor = all_rows.reshape(step.n_sequences, step.n_query)[:, positions].ravel()
+    rows, index = np.unique(of_tensor, return_index=True)  # a position that was chosen twice is one row
+    rows, index = rows[rows >= 0], index[rows >= 0]
+    return (None, rows) if np.array_equal(index, np.arange(len(of_tensor))) else (index, rows)

@@ -63,6 +63,8 @@ class Step:
         Columns of the `sequences` table for sequences that begin in this step.
     events : dict or None
         Columns of the `row_events` table for what has happened to earlier rows since the last step.
+    history : History or None
+        What lies behind each sequence, this pass included; as it is while the pass runs.
     """
 
     step: int
@@ -75,6 +77,7 @@ class Step:
     tokens: dict[str, Column]
     sequences: dict[str, Column] | None
     events: dict[str, Column] | None
+    history: History | None = None
 
 
 class RowTracker:
@@ -304,6 +307,7 @@ class RowTracker:
             },
             sequences=sequences,
             events=self.take_events(),
+            history=batch.history,
         )
 
     def _sequences(self, batch: Batch, ids: _Int64 | None) -> dict[str, Column] | None:

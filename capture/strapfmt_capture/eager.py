@@ -1,0 +1,35 @@
+"""What PyTorch is doing in this thread while a hook runs: compiling, running backward, or just running the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from strapfmt.errors import CompiledModelError
+
+__all__ = ["check_runs_eagerly", "in_backward"]
+
+# What compiles the Python frames of this thread; asking must not import the compiler.
+_frame_compiler: Callable[[], object] = getattr(
+    torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None
+)
+
+
+def check_runs_eagerly() -> None:
+    """Refuse to run below torch.compile, be it while that traces or while it falls back to Python.
+
+    Raises
+    ------
+    CompiledModelError
+    """
+    if _frame_compiler() not in (None, False) or torch.compiler.is_compiling():
+        raise CompiledModelError(
+            "the model runs under torch.compile, where hooks are not run reliably; capture first and compile "
+            "afterwards, or capture a copy that is not compiled"
+        )
+
+
+def in_backward() -> bool:
+    """Whether this is the second forward pass of gradient checkpointing, made by autograd while it runs backward."""
+    return torch._C._current_graph_task_id() != -1
