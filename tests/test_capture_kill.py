@@ -76,7 +76,7 @@ def victims(directory: str, n_kills: int, seed: int) -> None:
                 capture_until_killed(model, path, seed + trial)
             finally:
                 os._exit(1)
-        time.sleep(choose.uniform(0.05, 0.6))
+        time.sleep(choose.uniform(0.05, 0.6 if trial % 2 else 1.2))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
