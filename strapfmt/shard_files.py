@@ -127,7 +127,7 @@ class ShardFiles:
                 self._check_header(number, header)
                 if digest(body) != self.index.batches["body_hash"][number].tobytes():
                     raise CorruptError(
-                        f"{self.place}: record batch {number}: the body's checksum does not match its bytes; "
+                        f"{self.place_of(number)}: the body's checksum does not match its bytes; "
                         "`strapfmt verify` lists all damage"
                     )
                 self._verified[number] = True
@@ -144,14 +144,20 @@ class ShardFiles:
         return memory[start:middle], memory[middle : middle + int(entry["body_bytes"])]
 
     def _memory(self, number: int) -> memoryview:
-        in_tail = self.index.has_tail and number == self.n_batches - 1
-        return self._maps.tail if in_tail else self._maps.data
+        return self._maps.tail if self._in_tail(number) else self._maps.data
+
+    def _in_tail(self, number: int) -> bool:
+        return self.index.has_tail and number == self.n_batches - 1
+
+    def place_of(self, number: int) -> str:
+        """Name a record batch, for errors."""
+        if self._in_tail(number):
+            return f"{self.root / self._part('tail').file}: its record batch"
+        return f"{self.place}: record batch {number}"
 
     def _check_header(self, number: int, header: memoryview) -> None:
         if digest(header) != self.index.batches["header_hash"][number].tobytes():
-            raise CorruptError(
-                f"{self.place}: record batch {number}: the header's checksum does not match its bytes"
-            )
+            raise CorruptError(f"{self.place_of(number)}: the header's checksum does not match its bytes")
 
     @property
     def _maps(self) -> _Mapped:

@@ -44,14 +44,14 @@ class ShardReader(ShardFiles):
         entry = self.index.batches[number]
         header, body = self._message(number)
         self._check_header(number, header)
-        place = f"{self.place}: record batch {number}"
+        place = self.place_of(number)
         _check_expansion(place, header, body, entry, is_plain=self.is_plain)
         memory, start = self._memory(number), int(entry["offset"])
         message = pa.py_buffer(memory).slice(start, len(header) + len(body))
         try:
             batch = pa.ipc.read_record_batch(message, self.schema)
             batch.validate(full=True)
-        except MemoryError:
+        except MemoryError:  # Arrow's own, which is one of these too: of this machine, not of the file
             raise
         except (pa.ArrowException, OSError, EOFError) as error:
             raise CorruptError(f"{place}: Arrow cannot read it: {error}") from error

@@ -80,9 +80,9 @@ def _check(shard: ShardReader) -> Iterator[str]:
         rows = batch.column("row").to_numpy()
         start = int(shard.index.batches["first_ordinal"][number])
         if not (rows == shard.rows_between(start, start + len(rows))).all():
-            yield f"{shard.place}: record batch {number}: the column `row` is not what the index says"
+            yield f"{shard.place_of(number)}: the column `row` is not what the index says"
         if len(rows) and (rows[0] <= last_row or (rows[1:] <= rows[:-1]).any()):
-            yield f"{shard.place}: record batch {number}: expected strictly increasing rows"
+            yield f"{shard.place_of(number)}: expected strictly increasing rows"
         last_row = int(rows[-1]) if len(rows) else last_row
 
 
