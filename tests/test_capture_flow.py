@@ -6,7 +6,6 @@ import errno
 import gc
 import random
 import resource
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interrupts import interrupts
 
 import strapfmt
 from strapfmt.commit import Disk
@@ -371,15 +371,9 @@ def test_any_other_failure_of_the_writing_side_is_a_drain_error_too(
 
 @pytest.fixture
 def alarm() -> Iterator[Callable[[float], None]]:
-    """Raise KeyboardInterrupt after so many seconds, wherever the main thread is."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    yield lambda after_s: signal.setitimer(signal.ITIMER_REAL, after_s) and None
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+    """Raise KeyboardInterrupt after so many seconds."""
+    with interrupts(KeyboardInterrupt) as arm:
+        yield arm
 
 
 def test_an_interrupt_at_any_moment_leaves_a_clean_dataset(

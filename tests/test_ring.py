@@ -1,13 +1,13 @@
 """The ring buffer: what goes in comes out, in order, in bounded memory, whatever happens to either side."""
 
 import random
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from interrupts import interrupts
 
 from strapfmt.errors import ArgumentError
 from strapfmt_capture.ring import Ring, Slot
@@ -230,11 +230,7 @@ def test_interrupts_at_any_moment_leave_a_ring_that_works(thread: Callable[..., 
                     wrong.append(slot)
             ring.release(ring.position)
 
-    def interrupt(*_: object) -> None:
-        raise Interrupted
-
     consumer = thread(consume)
-    before = signal.signal(signal.SIGALRM, interrupt)
     n_interrupts = n_published = 0
     began = time.monotonic()
 
@@ -242,18 +238,15 @@ def test_interrupts_at_any_moment_leave_a_ring_that_works(thread: Callable[..., 
         is_enough = n_interrupts > 20 and n_published > 50
         return time.monotonic() - began < (0.5 if is_enough else PATIENCE_S)
 
-    try:
+    with interrupts(Interrupted) as arm:
         while goes_on():
             try:
-                signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0001, 0.002))
+                arm(random.uniform(0.0001, 0.002))
                 while goes_on():
                     put(ring, random.choice([64, 200, 500]), n_published % 256)
                     n_published += 1
             except Interrupted:
                 n_interrupts += 1
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
     assert put(ring, 1024, 1)
     ring.close()
     consumer.join(PATIENCE_S)

@@ -24,6 +24,7 @@ from models import BOS, EOS, FAMILIES, PAD, VOCAB_SIZE, tiny_model, tiny_tokeniz
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from strapfmt.errors import CaptureError
+from strapfmt_capture.inputs import named_arguments, read_inputs
 from strapfmt_capture.rows import RowTracker, Step
 from strapfmt_capture.sites import row_modules
 
@@ -61,7 +62,9 @@ class Recorder:
     def _enter(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._depth += 1
         if self._depth == 1:
-            self.steps.append(self.tracker.begin(module, args, kwargs))
+            self.steps.append(
+                self.tracker.begin(module, read_inputs(module, named_arguments(module, args, kwargs)))
+            )
             self.inputs.append(
                 {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
             )
@@ -99,6 +102,11 @@ def as_table(columns: Any) -> pa.Table:
             for name, column in columns.items()
         }
     )
+
+
+def begin(tracker: RowTracker, module: torch.nn.Module, given: dict[str, Any]) -> Step:
+    """Begin a pass of a module that is given these arguments."""
+    return tracker.begin(module, read_inputs(module, given))
 
 
 @contextmanager
@@ -290,11 +298,15 @@ def test_a_mask_that_lets_padding_attend_to_everything() -> None:
     additive = torch.zeros(2, 1, 3, 3).masked_fill(~mask[:, None], torch.finfo(torch.float32).min)
     for given in (mask[:, None], additive):
         with recording(model) as recorder:
-            recorder.tracker.begin(
-                model, (), {"input_ids": torch.tensor([[PAD, 5, 6], [7, 8, 9]]), "attention_mask": given}
+            begin(
+                recorder.tracker,
+                model,
+                {"input_ids": torch.tensor([[PAD, 5, 6], [7, 8, 9]]), "attention_mask": given},
             )
-            step = recorder.tracker.begin(
-                model, (), {"input_ids": torch.tensor([[PAD, 5, 6], [7, 8, 9]]), "attention_mask": given}
+            step = begin(
+                recorder.tracker,
+                model,
+                {"input_ids": torch.tensor([[PAD, 5, 6], [7, 8, 9]]), "attention_mask": given},
             )
         assert step.selected is not None
         assert step.selected.tolist() == [1, 2, 3, 4, 5]
@@ -404,9 +416,9 @@ def test_a_cache_that_grew_while_nobody_watched() -> None:
 
     cache, model = Cache(), torch.nn.Identity()
     with recording(model) as recorder:
-        recorder.tracker.begin(model, (), {"input_ids": torch.tensor([[5, 6]]), "past_key_values": cache})
+        begin(recorder.tracker, model, {"input_ids": torch.tensor([[5, 6]]), "past_key_values": cache})
         cache.length = 5
-        step = recorder.tracker.begin(model, (), {"input_ids": torch.tensor([[7]]), "past_key_values": cache})
+        step = begin(recorder.tracker, model, {"input_ids": torch.tensor([[7]]), "past_key_values": cache})
     (row,) = as_table(step.tokens).to_pylist()
     assert (row["sequence_id"], row["position"], row["parent_row"]) == (0, 5, None)
 
@@ -435,7 +447,7 @@ def test_a_cache_of_another_batch_size_holds_new_sequences() -> None:
     cache = DynamicCache(config=model.config)
     with recording(model) as recorder:
         model(torch.tensor(prompts(3)), past_key_values=cache)
-        recorder.tracker.begin(model, (), {"input_ids": torch.tensor([[5], [6]]), "past_key_values": cache})
+        begin(recorder.tracker, model, {"input_ids": torch.tensor([[5], [6]]), "past_key_values": cache})
     assert sorted(recorder.sequences()) == [0]
     assert recorder.counters["sequence"] == 3
 
@@ -608,11 +620,11 @@ def test_a_long_history_can_be_cut_anywhere() -> None:
     with recording(module) as recorder:
         for _ in range(5):  # longer than the room a history starts with
             ids = torch.full((2, 50), 7)
-            recorder.tracker.begin(module, (), {"input_ids": ids, "past_key_values": cache})
+            begin(recorder.tracker, module, {"input_ids": ids, "past_key_values": cache})
             cache.length += 50
         cache.length = 20
-        step = recorder.tracker.begin(
-            module, (), {"input_ids": torch.tensor([[8], [9]]), "past_key_values": cache}
+        step = begin(
+            recorder.tracker, module, {"input_ids": torch.tensor([[8], [9]]), "past_key_values": cache}
         )
     assert as_table(step.tokens)["parent_row"].to_pylist() == [19, 69]
     assert as_table(step.tokens)["position"].to_pylist() == [20, 20]
@@ -759,21 +771,38 @@ def test_packed_sequences_are_told_apart_by_their_positions() -> None:
     check_invariants(recorder)
 
 
-def test_a_cache_made_by_a_packed_pass_goes_on_with_the_last_sequence() -> None:
-    a, b = prompts(3, 2)
-    model = tiny_model("llama")
+@pytest.mark.parametrize("positions", [[0, 1, 2, 0, 1], [0, 2, 4, 6, 8]], ids=["packed", "interpolated"])
+def test_positions_pack_nothing_where_the_model_makes_a_cache(positions: list[int]) -> None:
+    (ids,) = prompts(5)
+    model = tiny_model("llama", attn_implementation="eager")
     with recording(model) as recorder:
-        packed = model(input_ids=torch.tensor([a + b]), position_ids=torch.tensor([[0, 1, 2, 0, 1]]))
-        model(input_ids=torch.tensor([[7]]), past_key_values=packed.past_key_values)
-    assert tokens_of(recorder) == {0: a, 1: [*b, 7]}
+        first = model(
+            input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions]), output_attentions=True
+        )
+        model(input_ids=torch.tensor([[7]]), past_key_values=first.past_key_values)
+    assert all(
+        bool((layer[0, :, 3, 0] > 0).all()) for layer in first.attentions
+    )  # the oracle: it is one sequence
+    assert tokens_of(recorder) == {0: [*ids, 7]}
+
+
+def test_what_packs_a_row_is_the_model_s_own_rule() -> None:
+    (ids,) = prompts(5)
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    for use_cache in (False, True):
+        model = tiny_model("llama", attn_implementation="eager", use_cache=use_cache)
+        with recording(model) as recorder:
+            output = model(input_ids=torch.tensor([ids]), position_ids=positions, output_attentions=True)
+        is_packed = not bool((output.attentions[0][0, :, 3, 0] > 0).any())
+        assert (len(recorder.sequences()) == 2) == is_packed == (not use_cache)
 
 
 def test_packed_sequences_are_told_apart_by_their_offsets() -> None:
     a, b = prompts(3, 2)
     model = tiny_model("llama")
     tracker = Recorder(model).tracker
-    step = tracker.begin(
-        model, (), {"input_ids": torch.tensor([a + b]), "cu_seq_lens_q": torch.tensor([0, 3, 5])}
+    step = begin(
+        tracker, model, {"input_ids": torch.tensor([a + b]), "cu_seq_lens_q": torch.tensor([0, 3, 5])}
     )
     assert as_table(step.tokens)["sequence_id"].to_pylist() == [0, 0, 0, 1, 1]
 
@@ -803,7 +832,7 @@ def test_text_specials_prompts_and_tags() -> None:
 
 def test_tokens_without_a_text_have_none() -> None:
     tracker = Recorder(torch.nn.Identity(), tokenizer=tiny_tokenizer()).tracker
-    step = tracker.begin(torch.nn.Identity(), (), {"input_ids": torch.tensor([[5, -200]])})
+    step = begin(tracker, torch.nn.Identity(), {"input_ids": torch.tensor([[5, -200]])})
     assert step.tokens["token"] == ["b", None]
 
 
@@ -832,7 +861,7 @@ def test_a_model_that_is_given_no_tokens_numbers_no_rows() -> None:
 def test_a_batch_of_nothing_but_padding_has_no_rows() -> None:
     tracker = Recorder(torch.nn.Identity()).tracker
     inputs = {"input_ids": torch.tensor([[PAD, PAD]]), "attention_mask": torch.zeros(1, 2, dtype=torch.long)}
-    step = tracker.begin(torch.nn.Identity(), (), inputs)
+    step = begin(tracker, torch.nn.Identity(), inputs)
     assert step.is_language
     assert step.rows.size == 0
     assert as_table(step.tokens).num_rows == 0
@@ -850,7 +879,7 @@ def test_a_batch_of_nothing_but_padding_has_no_rows() -> None:
 def test_what_cannot_be_followed_is_refused(inputs: dict[str, Any], message: str) -> None:
     tracker = Recorder(torch.nn.Identity()).tracker
     with pytest.raises(CaptureError, match=message):
-        tracker.begin(torch.nn.Identity(), (), {"input_ids": torch.tensor([[5, 6]]), **inputs})
+        begin(tracker, torch.nn.Identity(), {"input_ids": torch.tensor([[5, 6]]), **inputs})
 
 
 def test_closing_leaves_the_cache_and_the_model_as_they_were() -> None:
@@ -944,7 +973,7 @@ def test_a_decode_step_costs_little() -> None:
     for _ in range(300):
         kwargs = {"input_ids": ids, "attention_mask": mask[:, : cache.length + 1], "past_key_values": cache}
         start = time.perf_counter()
-        tracker.begin(module, (), {**kwargs, "position_ids": position})
+        begin(tracker, module, {**kwargs, "position_ids": position})
         best = min(best, time.perf_counter() - start)
         cache.length += 1
     assert best < 1e-3, f"{best * 1e6:.0f} us"  # about 80 us; the bound only catches what is not vectorised

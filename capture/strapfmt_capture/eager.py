@@ -1,19 +1,22 @@
-"""What PyTorch is doing in this thread while a hook runs: compiling, running backward, or just running the model."""
+"""What PyTorch is doing in this thread while a hook runs: compiling, repeating a pass, or just running the model."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
+import torch.utils.checkpoint
 
 from strapfmt.errors import CompiledModelError
 
-__all__ = ["check_runs_eagerly", "in_backward"]
+__all__ = ["check_runs_eagerly", "is_repetition"]
 
 # What compiles the Python frames of this thread; asking must not import the compiler.
 _frame_compiler: Callable[[], object] = getattr(
     torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None
 )
+_CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 
 
 def check_runs_eagerly() -> None:
@@ -30,6 +33,11 @@ def check_runs_eagerly() -> None:
         )
 
 
-def in_backward() -> bool:
+def is_repetition() -> bool:
     """Whether this is the second forward pass of gradient checkpointing, made by autograd while it runs backward."""
-    return torch._C._current_graph_task_id() != -1
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != _CHECKPOINT_FILE:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None

@@ -126,7 +126,7 @@ class Engine:
 
     def close(self, error: BaseException | None) -> None:
         """Take the hooks off, write what is left and close the dataset; raise DrainError if that fails."""
-        if os.getpid() != self.hooks.process:
+        if os.getpid() != self.hooks.steps.process:
             self._attached.close()  # the rest belongs to the process that this one was forked from
             return
         try:
@@ -145,9 +145,9 @@ class Engine:
     def _outcome(self) -> dict[str, Any]:
         return {
             "outcome": {
-                "n_steps": self.hooks.n_steps,
-                "n_dropped_steps": self.hooks.n_dropped_steps,
-                "n_abandoned_steps": self.hooks.n_abandoned_steps,
+                "n_steps": self.hooks.steps.n_steps,
+                "n_dropped_steps": self.hooks.steps.n_dropped_steps,
+                "n_abandoned_steps": self.hooks.steps.n_abandoned_steps,
                 "devices": sorted(str(device) for device in self.hooks.devices),
                 "stall_s": self.ring.stall_s,
                 "peak_fill": self.ring.peak_bytes / self.ring.n_bytes,

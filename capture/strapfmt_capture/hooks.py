@@ -1,52 +1,44 @@
-"""Hooks: what happens inside the model's own thread, from the start of a forward pass to its end.
+"""Hooks: what happens inside the model's own thread when a site fires.
 
 Every value is copied into the ring before the hook returns, in its own dtype, so that later in-place changes do not
-reach it. A step begins when one of the row modules is entered and ends when that call is over, by a return or by an
-exception.
+reach it.
 
 - A site in the tokens' row space that fires twice in a step would give a row two values: a CaptureError. In a row space
   of its own every firing adds rows.
 - A firing outside any step (a part of the model is called directly) is a CaptureError, but for the second forward pass
   that gradient checkpointing makes inside backward: the values of the first are kept, the repetition is ignored.
+- Once the capture is over, hooks that a copy of the model has taken along do nothing.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any, Literal
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from strapfmt.errors import CaptureError, RingFullError
+from strapfmt.errors import CaptureError
 from strapfmt.schema import SiteSpec
-from strapfmt_capture.drain import Drain, Events, Item, StepEnd, StepStart
-from strapfmt_capture.eager import check_runs_eagerly, in_backward
+from strapfmt_capture.drain import Drain, Item
+from strapfmt_capture.eager import check_runs_eagerly, is_repetition
 from strapfmt_capture.hookpoints import HookPoint
-from strapfmt_capture.inputs import named_arguments
 from strapfmt_capture.placement import Layout, Placement, declare
 from strapfmt_capture.ring import Ring, Slot
-from strapfmt_capture.rows import RowTracker, Step
+from strapfmt_capture.rows import RowTracker
+from strapfmt_capture.steps import OnFull, OpenStep, Steps
 from strapfmt_capture.turn import Values
 
 __all__ = ["Hooks", "OnFull", "Tap"]
 
-OnFull = Literal["block", "drop", "raise"]
-
 # A tensor is copied in pieces of this share of the ring, so that a long prefill needs no more memory than the ring.
 _PIECE_SHARE = 8
-# When a step begins and more than this share is in use, the ring counts as full: the rest is for the step itself.
-_FULL_SHARE = 1 / 2
-_REASON_CHARS = 500
 _NO_KWARGS: dict[str, Any] = {}
 
 
@@ -65,6 +57,8 @@ class Tap:
         How often it has fired.
     expected, dropped : int
         Rows it has produced, and those not stored because the ring was full.
+    n_missed : int
+        Complete steps in which it did not fire, of those that have tokens.
     """
 
     point: HookPoint
@@ -73,24 +67,8 @@ class Tap:
     n_calls: int = 0
     expected: int = 0
     dropped: int = 0
+    n_missed: int = 0
     last_step: int = -1
-
-
-@dataclass(slots=True, kw_only=True)
-class _OpenStep:
-    """A forward pass under way; `whole` are the rows of a tensor that begins with the sizes of the `batch`."""
-
-    step: Step
-    batch: tuple[int, ...]
-    whole: Placement
-    frame: FrameType
-    exception: BaseException | None
-    is_dropped: bool
-    chosen: npt.NDArray[np.int64] | None
-    started_ns: int
-    started_s: float
-    dropped: dict[str, int] = field(default_factory=dict)
-    index: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
 
 class Hooks:
@@ -129,12 +107,13 @@ class Hooks:
         at_head = set(heads)
         self.taps = [Tap(point=point, is_head=point.module_path in at_head) for point in points]
         self.devices: set[torch.device] = set()
-        self.n_steps, self.n_dropped_steps, self.n_abandoned_steps, self.n_tokens = 0, 0, 0, 0
-        self._ring, self._drain, self._tracker = ring, drain, tracker
-        self._on_full, self._codec, self._statistics, self._known = on_full, codec, statistics, known
-        self.process = os.getpid()
-        self._open: _OpenStep | None = None
-        self._thread = 0
+        #: The passes of the model, counted.
+        self.steps = Steps(
+            ring=ring, drain=drain, tracker=tracker, on_full=on_full, on_complete=self._count_missed
+        )
+        self._ring = ring
+        self._codec, self._statistics, self._known = codec, statistics, known
+        self._is_over = False
         # A model that runs parts of itself in several threads fires sites in all of them.
         self._producing = threading.Lock()
 
@@ -142,180 +121,119 @@ class Hooks:
         # A copy of a hooked model takes its hooks along; they are these.
         return self
 
+    def __reduce__(self) -> tuple[type[_NoHooks], tuple[()]]:
+        # A hooked model that is stored leaves them behind.
+        return _NoHooks, ()
+
     @contextmanager
     def attached(self, model: torch.nn.Module, row_modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-        """Attach all hooks; they are gone on exit, whatever happened."""
-        modules = list(row_modules)
+        """Attach all hooks; they are gone on exit, whatever happened.
+
+        Of the modules that may begin a step, those inside `model` that hold no site are left alone.
+        """
+        tapped = {model.get_submodule(tap.point.module_path) for tap in self.taps}
+        modules = [each for each in row_modules if each is model or not tapped.isdisjoint(each.modules())]
         with ExitStack() as handles:
             for module in modules:
-                handle = module.register_forward_pre_hook(self._enter, with_kwargs=True)
+                handle = module.register_forward_pre_hook(self.enter, with_kwargs=True)
                 handles.callback(handle.remove)
             for tap in self.taps:
                 module = model.get_submodule(tap.point.module_path)
                 if tap.point.where == "in":
-                    handle = module.register_forward_pre_hook(self._on_input(tap), with_kwargs=True)
+                    handle = module.register_forward_pre_hook(partial(self.on_input, tap), with_kwargs=True)
                 else:
-                    handle = module.register_forward_hook(self._on_output(tap))
+                    handle = module.register_forward_hook(partial(self.on_output, tap))
                 handles.callback(handle.remove)
             for module in modules:
-                handle = module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
+                handle = module.register_forward_hook(self.leave, always_call=True)
                 handles.callback(handle.remove)
             yield
 
     def finish(self, error: BaseException | None) -> None:
-        """End what is still open: a step that an interrupt has cut off, and what is known of rows since."""
-        if self._open is not None:
-            self._end(self._open, "abandoned", _reason(error))
-        events = self._tracker.take_events()
-        if events is not None:
-            self._ring.publish(Events(columns=events))
+        """End what is still open; from now on nothing is recorded."""
+        self._is_over = True
+        self.steps.finish(error)
 
-    # Steps.
+    # What PyTorch calls.
 
-    def _enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        check_runs_eagerly()
-        if in_backward():
-            return
-        if os.getpid() != self.process:
-            raise CaptureError(
-                "a process that was forked inside the capture runs the captured model, and nothing drains it there; "
-                "run the model in the process that captures, or start the other one before"
-            )
-        # The frame of the call itself: as long as it is on the stack, that call is not over.
-        frame = sys._getframe(1)
-        if self._open is not None:
-            if self._is_inside(frame):
-                if self._open.chosen is None:
-                    self._open.chosen = _chosen_positions(self._open.step, module, args, kwargs)
-                return
-            self._end(self._open, "abandoned", "interrupted")
-        self._drain.check()
-        is_full = self._on_full != "block" and self._ring.n_used > self._ring.n_bytes * _FULL_SHARE
-        if is_full and self._on_full == "raise":
-            raise RingFullError(
-                f"the ring is full ({self._ring.n_used} of {self._ring.n_bytes} bytes wait to be written) and "
-                'on_full="raise"; use "block" or "drop", a larger ring_bytes, fewer sites or a faster disk'
-            )
-        step = self._tracker.begin(module, args, kwargs)
-        self._begin(step, frame, is_full, _chosen_positions(step, module, args, kwargs))
+    def enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run before a row module."""
+        if not self._is_over:
+            self.steps.enter(module, args, kwargs)
 
-    def _is_inside(self, frame: FrameType | None) -> bool:
-        """Whether a call lies inside that of the open step; raise if it comes from another thread."""
-        assert self._open is not None
-        if threading.get_ident() != self._thread:
-            raise CaptureError(
-                "two threads run the captured model at once, and rows cannot be told apart; give each thread its "
-                "own copy of the model and its own capture with a rank of its own"
-            )
-        while frame is not None and frame is not self._open.frame:
-            frame = frame.f_back
-        return frame is not None
+    def leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        """Run after a row module, also when it has failed."""
+        if not self._is_over:
+            self.steps.leave()
 
-    def _begin(
-        self, step: Step, frame: FrameType, is_dropped: bool, chosen: npt.NDArray[np.int64] | None
+    def on_input(
+        self, tap: Tap, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if is_dropped:
-            self.n_dropped_steps += 1
-            if len(step.rows):
-                step.tokens["dropped"] = np.ones(len(step.rows), bool)
-        self.n_steps += 1
-        self.n_tokens += len(step.rows)
-        self._ring.publish(StepStart(step=step))
-        self._thread = threading.get_ident()
-        self._open = _OpenStep(
-            step=step,
-            batch=(step.n_sequences, step.n_query),
-            whole=Placement(n_rows=len(step.rows), index=step.selected, rows=step.rows),
-            frame=frame,
-            exception=sys.exception(),
-            is_dropped=is_dropped,
-            chosen=chosen,
-            started_ns=time.time_ns(),
-            started_s=time.perf_counter(),
-        )
+        """Run before a module whose input is a site."""
+        self._fire(tap, args, kwargs, None)
 
-    def _leave(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        open_step, caller = self._open, sys._getframe(1)
-        # After an exception the hook is called one frame further out.
-        if open_step is None or caller not in (open_step.frame, open_step.frame.f_back):
-            return
-        error = sys.exception()
-        if error is not None and error is not open_step.exception:
-            self._end(open_step, "abandoned", _reason(error))
-        elif open_step.is_dropped:
-            self._end(open_step, "dropped", "the ring was full")
-        else:
-            self._end(open_step, "complete", None)
-
-    def _end(self, open_step: _OpenStep, status: str, reason: str | None) -> None:
-        self.n_abandoned_steps += status == "abandoned"
-        self._ring.publish(
-            StepEnd(
-                step=open_step.step,
-                started_ns=open_step.started_ns,
-                duration_s=time.perf_counter() - open_step.started_s,
-                status=status,
-                reason=reason,
-                dropped=open_step.dropped,
-            )
-        )
-        self._open = None
+    def on_output(self, tap: Tap, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Run after a module whose output is a site."""
+        self._fire(tap, args, _NO_KWARGS, output)
 
     # Sites.
 
-    def _on_input(self, tap: Tap) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._fire(tap, args, kwargs, None)
-
-        return hook
-
-    def _on_output(self, tap: Tap) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._fire(tap, args, _NO_KWARGS, output)
-
-        return hook
-
     def _fire(self, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         check_runs_eagerly()
-        open_step = self._open
-        if open_step is None:
-            if in_backward():
-                return
-            raise CaptureError(
-                f"site {tap.point.site!r} at {tap.point.hook_point} fired outside a forward pass of the captured "
-                "model; call that model itself (not its forward method, and not a part of it), or capture the part"
-            )
-        x = tap.point.read(args, kwargs, output)
+        if self._is_over:
+            return
         with self._producing:
+            open_step = self.steps.current()
+            if open_step is None:
+                if is_repetition():
+                    return
+                raise CaptureError(
+                    f"site {tap.point.site!r} at {tap.point.hook_point} fired outside a forward pass of the captured "
+                    "model; call that model itself (not its forward method, and not a part of it), or capture the part"
+                )
+            x = tap.point.read(args, kwargs, output)
             layout = tap.layout or self._declare(tap, x, open_step)
+            if layout.heads_first:
+                x = layout.turned(x)
             is_whole = x.dtype is layout.dtype and x.shape == open_step.batch + layout.shape
             if is_whole and layout.ndim is None and (open_step.chosen is None or not layout.is_head):
                 placed = open_step.whole
             else:
                 placed = layout.place(x, open_step.step, open_step.chosen)
-            if layout.ndim is None and tap.last_step == open_step.step.step:
-                raise CaptureError(
-                    f"site {tap.point.site!r} at {tap.point.hook_point} fired twice in one forward pass, which would "
-                    "give its rows two values; capture a module that runs once, such as the ones around it"
-                )
-            call, tap.last_step = tap.n_calls, open_step.step.step
-            tap.n_calls += 1
-            tap.expected += placed.n_rows
-            if open_step.is_dropped:
-                tap.dropped += placed.n_rows
-                name = layout.spec.name
-                open_step.dropped[name] = open_step.dropped.get(name, 0) + placed.n_rows
-            elif placed.n_rows:
-                values = x.detach() if x.requires_grad else x
-                parts = (
-                    layout.parts(values, placed, open_step.step)
-                    if layout.spec.is_ragged
-                    else [(values, placed)]
-                )
-                for part, place in parts:
-                    self._copy(layout, part, place, call, open_step)
+            self._store(tap, layout, x, placed, open_step)
 
-    def _declare(self, tap: Tap, x: torch.Tensor, open_step: _OpenStep) -> Layout:
+    def _store(
+        self, tap: Tap, layout: Layout, x: torch.Tensor, placed: Placement, open_step: OpenStep
+    ) -> None:
+        if layout.ndim is None and tap.last_step == open_step.step.step:
+            raise CaptureError(
+                f"site {tap.point.site!r} at {tap.point.hook_point} fired twice in one forward pass, which would "
+                "give its rows two values; capture a module that runs once, such as the ones around it"
+            )
+        call, tap.last_step = tap.n_calls, open_step.step.step
+        tap.n_calls += 1
+        tap.expected += placed.n_rows
+        if open_step.is_dropped:
+            tap.dropped += placed.n_rows
+            name = layout.spec.name
+            open_step.dropped[name] = open_step.dropped.get(name, 0) + placed.n_rows
+        elif placed.n_rows:
+            values = x.detach() if x.requires_grad else x
+            parts = (
+                layout.parts(values, placed, open_step.step) if layout.spec.is_ragged else [(values, placed)]
+            )
+            for part, place in parts:
+                self._copy(layout, part, place, call, open_step)
+
+    def _count_missed(self, open_step: OpenStep) -> None:
+        """Count the sites with rows of tokens that did not fire in a step that has ended."""
+        step = open_step.step
+        if len(step.rows):
+            for tap in self.taps:
+                is_own = tap.layout is not None and tap.layout.ndim is not None
+                tap.n_missed += tap.last_step != step.step and not is_own
+
+    def _declare(self, tap: Tap, x: torch.Tensor, open_step: OpenStep) -> Layout:
         tap.layout = declare(
             tap.point,
             x,
@@ -331,7 +249,7 @@ class Hooks:
         return tap.layout
 
     def _copy(
-        self, layout: Layout, x: torch.Tensor, placed: Placement, call: int, open_step: _OpenStep
+        self, layout: Layout, x: torch.Tensor, placed: Placement, call: int, open_step: OpenStep
     ) -> None:
         shape = tuple(x.shape[x.ndim - len(layout.shape) :])
         row_bytes = math.prod(shape) * x.dtype.itemsize
@@ -391,7 +309,7 @@ def _gather(flat: torch.Tensor, index: torch.Tensor | None, part: slice, out: to
         out.copy_(flat.index_select(0, index[part]))
 
 
-def _index(index: npt.NDArray[np.int64], device: torch.device, open_step: _OpenStep) -> torch.Tensor:
+def _index(index: npt.NDArray[np.int64], device: torch.device, open_step: OpenStep) -> torch.Tensor:
     """Return places as a tensor on `device`; those of the step's stored tokens are moved there once."""
     if index is not open_step.step.selected:
         return torch.from_numpy(index).to(device)
@@ -400,19 +318,10 @@ def _index(index: npt.NDArray[np.int64], device: torch.device, open_step: _OpenS
     return open_step.index[device]
 
 
-def _chosen_positions(
-    step: Step, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> npt.NDArray[np.int64] | None:
-    """Return the positions at which the head is told to compute, None if it computes all or the last ones."""
-    chosen = named_arguments(module, args, kwargs).get("logits_to_keep")
-    if not isinstance(chosen, torch.Tensor) or not step.is_language:
-        return None
-    try:
-        positions: npt.NDArray[np.int64] = np.arange(step.n_query)[chosen.cpu().numpy()].reshape(-1)
-    except IndexError:  # the model is about to say so itself
-        return None
-    return positions
+class _NoHooks:
+    """What is left of `Hooks` in a model that was stored while it was captured: it does nothing."""
 
+    def enter(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing."""
 
-def _reason(error: BaseException | None) -> str:
-    return "interrupted" if error is None else f"{type(error).__name__}: {error}"[:_REASON_CHARS]
+    leave = on_input = on_output = enter

@@ -13,12 +13,15 @@ import torch
 from numpy.typing import NDArray
 
 from strapfmt.errors import CaptureError
+from strapfmt_capture.histories import cache_length
 
 __all__ = ["Inputs", "named_arguments", "read_inputs"]
 
 # What models call their token ids, Hugging Face's name first.
 _TOKEN_NAMES = ("input_ids", "idx", "tokens", "token_ids")
 _CACHE_NAMES = ("past_key_values", "cache_params", "layer_past")
+# What is added to a score is a bias above this, and below it an end to attention.
+_NOT_ATTENDED = -9e3
 # Arguments that only a paged cache has: there the rows of one pass belong to many requests.
 _PAGED_NAMES = ("block_table", "page_table", "write_index")
 
@@ -35,15 +38,33 @@ class Inputs:
         A view of the model's input where that lies in host memory; None for a pass given embeddings.
     cache : object or None
         What holds the past: a Hugging Face `Cache`, or anything with `get_seq_length`.
+    past : int or None
+        Places the cache held when the module was called; None without one, or if it does not say.
     """
 
     n_sequences: int
     n_query: int
     token_ids: NDArray[np.int64] | None
     cache: Any
+    past: int | None
     mask: torch.Tensor | None
     position_ids: torch.Tensor | None
     boundaries: torch.Tensor | None
+    module: torch.nn.Module
+    given: Mapping[str, Any]
+
+    def is_read_from(self, given: Mapping[str, Any]) -> bool:
+        """Whether another call is given the very same objects, so that reading them again would tell nothing new."""
+        names = (*_TOKEN_NAMES, *_CACHE_NAMES, "inputs_embeds", "attention_mask", "position_ids")
+        return all(given.get(name) is self.given.get(name) for name in names)
+
+    def agrees_with(self, other: Inputs) -> bool:
+        """Whether both are about the same tokens, as far as they say."""
+        if (self.n_sequences, self.n_query) != (other.n_sequences, other.n_query):
+            return False
+        if self.token_ids is None or other.token_ids is None:
+            return True
+        return np.array_equal(self.token_ids, other.token_ids)
 
     def real(self, past: int) -> NDArray[np.bool_] | None:
         """Say which places hold a token and which hold padding.
@@ -89,8 +110,9 @@ class Inputs:
     def starts(self) -> NDArray[np.bool_] | None:
         """Say which places begin another sequence inside a packed row, by the rule Hugging Face applies.
 
-        Without a mask and a cache, a row whose `position_ids` do not go up by one holds several sequences, which do
-        not attend to each other; so does one with `cu_seq_lens_q`.
+        In a pass without a mask and a cache, not even one that the model makes, a row whose `position_ids` do not go
+        up by one holds several sequences, which do not attend to each other; flash attention applies that with a cache
+        of the model's as well. So does one with `cu_seq_lens_q`.
 
         Returns
         -------
@@ -102,11 +124,21 @@ class Inputs:
         starts = np.zeros((self.n_sequences, self.n_query), bool)
         if self.boundaries is not None and self.n_sequences == 1:
             starts[0, self.boundaries.cpu().numpy()[:-1]] = True
-        elif self.position_ids is not None and self.position_ids.ndim == 2:
+        elif self.position_ids is not None and self.position_ids.ndim == 2 and self._may_be_packed():
             positions = self.position_ids.cpu().numpy()
             starts[:, 1:] = np.diff(positions, axis=-1) != 1
         starts[:, 0] = True
         return starts if np.count_nonzero(starts) > self.n_sequences else None
+
+    def _may_be_packed(self) -> bool:
+        config = getattr(self.module, "config", None)
+        if "flash" in str(getattr(config, "_attn_implementation", "")):
+            return True
+        makes_cache = self.given.get("use_cache")
+        if makes_cache is None:
+            makes_cache = getattr(config, "use_cache", False)
+        is_checkpointing = self.module.training and getattr(self.module, "is_gradient_checkpointing", False)
+        return not makes_cache or bool(is_checkpointing)
 
     def _columns(self, mask: torch.Tensor, past: int) -> torch.Tensor:
         """The part of a mask `[..., keys]` that is about the tokens of this pass.
@@ -135,15 +167,15 @@ class Inputs:
         return (own & in_earnest).any(1)
 
 
-def read_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs | None:
+def read_inputs(module: torch.nn.Module, given: Mapping[str, Any]) -> Inputs | None:
     """Find the tokens among the arguments of `module`.
 
     Parameters
     ----------
     module : torch.nn.Module
         The module that is called.
-    args, kwargs
-        The call's arguments.
+    given : mapping
+        The call's arguments by their names.
 
     Returns
     -------
@@ -155,7 +187,6 @@ def read_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[
     CaptureError
         For caches and masks that cannot be followed: tuples of tensors, block masks, paged batches.
     """
-    given = named_arguments(module, args, kwargs)
     shaped = _token_ids(given)
     if shaped is None:
         return None
@@ -164,14 +195,18 @@ def read_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[
         raise CaptureError(
             "cannot tell sequences apart under continuous batching (generate_batch): capture generate() instead"
         )
+    cache = _cache(given)
     return Inputs(
         n_sequences=n_sequences,
         n_query=n_query,
         token_ids=None if token_ids is None else _int64(token_ids),
-        cache=_cache(given),
+        cache=cache,
+        past=None if cache is None else cache_length(cache),
         mask=_mask(given.get("attention_mask")),
         position_ids=given.get("position_ids"),
         boundaries=given.get("cu_seq_lens_q"),
+        module=module,
+        given=given,
     )
 
 
@@ -238,8 +273,10 @@ def _attended(mask: torch.Tensor | None) -> torch.Tensor:
     """A mask of any kind as bool `[n_sequences, query, key]`, true where a query attends to a key."""
     assert mask is not None
     mask = mask[:, 0] if mask.ndim == 4 else mask
-    if mask.is_floating_point():  # added to the scores: 0 where attended, the lowest number where not
-        return mask > torch.finfo(mask.dtype).min / 2
+    if (
+        mask.is_floating_point()
+    ):  # added to the scores: 0 or a bias where attended, -1e4, -1e9 or the lowest where not
+        return mask > _NOT_ATTENDED
     return mask != 0
 
 

@@ -1,13 +1,13 @@
 """Which rows a tensor is: decided at the first firing of a site, held to at every later one.
 
-`[n_sequences, n_query, *shape]` and `[n_sequences * n_query, *shape]` are one row a token. Anything else makes rows of
-its own: of a tensor with up to three dimensions every leading one counts rows and the last is a row's shape; of a
-larger one the first counts rows. (A tensor of one's own kind that happens to begin with the sizes of the batch cannot
-be told from tokens.)
+`[n_sequences, n_query, *shape]` and `[n_sequences * n_query, *shape]` are one row a token, and so is
+`[n_sequences, heads, n_query, width]`, as heads `[heads, width]`. Anything else makes rows of its own: of a tensor with
+up to three dimensions every leading one counts rows and the last is a row's shape; of a larger one the first counts
+rows. (A tensor of one's own kind that happens to begin with the sizes of the batch cannot be told from tokens.)
 
-The head of a language model may compute fewer positions, `[n_sequences, k, d_vocab]`: the last ones, or those that the
-caller chose (`logits_to_keep` is a tensor). They are rows of tokens, like all of them would be, so that the row space
-of logits does not depend on which pass comes first.
+The head of a language model may be told to compute some positions only, `[n_sequences, k, d_vocab]` (`logits_to_keep`).
+They are rows of tokens, like all of them would be, so that the row space of logits does not depend on which pass comes
+first. A uniform site that is neither, in a pass that has tokens, is refused.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ class Layout:
         Whether the module may leave out all but the last positions.
     where : str
         The place in the model, for messages.
+    heads_first : bool
+        Whether the tensor is `[n_sequences, heads, n_query, width]`; `turned` makes it one row a token.
     """
 
     spec: SiteSpec
@@ -78,6 +80,11 @@ class Layout:
     ndim: int | None
     is_head: bool
     where: str
+    heads_first: bool = False
+
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a value with its tokens in front, a view."""
+        return x.transpose(1, 2) if self.heads_first and x.ndim == 4 else x
 
     def place(self, x: torch.Tensor, step: Step, chosen: _Int64 | None = None) -> Placement:
         """Return the rows of `x` in `step`.
@@ -85,10 +92,10 @@ class Layout:
         Parameters
         ----------
         x : torch.Tensor
-            What the site gave.
+            What the site gave, `turned`.
         step : Step
         chosen : int64 [k], optional
-            The positions at which a head computes; None: all, or the last ones.
+            The positions at which a head computes; None: all.
 
         Raises
         ------
@@ -130,6 +137,8 @@ class Layout:
         places = np.arange(placed.n_rows) if placed.index is None else placed.index
         for sequence, real in enumerate(keys):
             chosen = places // step.n_query == sequence
+            if not chosen.any():
+                continue
             inside = torch.from_numpy(places[chosen] % step.n_query).to(x.device)
             pattern = x[sequence].index_select(0, inside)
             is_real = torch.from_numpy(real).to(x.device)
@@ -146,8 +155,6 @@ class Layout:
             return None
         if self.is_head and chosen is not None:
             return _at_positions(step, chosen)
-        if lead == 2 and x.shape[1] < step.n_query:
-            return _at_positions(step, np.arange(step.n_query - x.shape[1], step.n_query))
         return step.selected, step.rows
 
     def _complaint(self, x: torch.Tensor, step: Step) -> str:
@@ -199,7 +206,15 @@ def declare(
             f"site {point.site!r} at {point.hook_point}: expected a plain dense tensor with values, found "
             f"a {type(x).__name__} ({x.layout}, on {x.device}); leave this site out"
         )
+    heads_first = not point.heads_first and _is_heads_first(point, x, step)
+    x = x.transpose(1, 2) if heads_first else x
     lead = _token_dimensions(x, step, chosen, is_head=is_head)
+    if not lead and step.is_language and point.site not in (point.module_path, point.hook_point):
+        raise CaptureError(
+            f"site {point.site!r} at {point.hook_point}: expected one row a token, [{step.n_sequences}, "
+            f"{step.n_query}, *]; found {list(x.shape)}, whose tokens are not known; leave this site out, or name the "
+            f"module itself ({point.module_path!r}), whose rows are then its own"
+        )
     shape: tuple[int, ...]
     ndim: int | None
     if point.heads_first and lead == 2 and x.ndim == 4:
@@ -229,7 +244,30 @@ def declare(
             f"site {point.site!r} at {point.hook_point}: expected what the dataset already holds, {known}; "
             f"found {spec}; write into a dataset of its own"
         )
-    return Layout(spec=spec, dtype=x.dtype, shape=shape, ndim=ndim, is_head=is_head, where=point.hook_point)
+    return Layout(
+        spec=spec,
+        dtype=x.dtype,
+        shape=shape,
+        ndim=ndim,
+        is_head=is_head,
+        where=point.hook_point,
+        heads_first=heads_first,
+    )
+
+
+def _is_heads_first(point: HookPoint, x: torch.Tensor, step: Step) -> bool:
+    """Whether `x` is `[n_sequences, heads, n_query, width]`; raise where that cannot be told."""
+    n, q = step.n_sequences, step.n_query
+    if not step.is_language or x.ndim != 4 or (x.shape[0], x.shape[2]) != (n, q):
+        return False
+    if x.shape[1] != q:
+        return True
+    if q == 1:
+        return False
+    raise CaptureError(
+        f"site {point.site!r} at {point.hook_point}: its first value is {list(x.shape)} in a pass over {q} places, in "
+        f"which tokens and heads cannot be told apart; run a pass of another length first"
+    )
 
 
 def _token_dimensions(x: torch.Tensor, step: Step, chosen: _Int64 | None, *, is_head: bool) -> int:
@@ -240,9 +278,7 @@ def _token_dimensions(x: torch.Tensor, step: Step, chosen: _Int64 | None, *, is_
         return 2 * (x.shape[:2] == (step.n_sequences, len(chosen)))
     if x.shape[:2] == (step.n_sequences, step.n_query):
         return 2
-    if x.shape[:1] == (step.n_sequences * step.n_query,):
-        return 1
-    return 2 * (is_head and x.ndim == 3 and x.shape[0] == step.n_sequences and x.shape[1] < step.n_query)
+    return int(x.shape[:1] == (step.n_sequences * step.n_query,))
 
 
 def _matches(found: torch.Size, declared: tuple[int, ...]) -> bool:

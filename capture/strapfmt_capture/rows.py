@@ -7,8 +7,8 @@ What a person can rely on, whatever way the model is driven:
   has ended while others in its batch go on is fed padding tokens, which the model processes: they have rows, with
   `is_special` true.
 - Padding (where the attention mask is 0) has no row. `position` counts tokens from 0, padding not included.
-- A sequence goes on as long as its cache does, or as long as its input is the previous input and one more token. Any
-  other pass begins new sequences.
+- A sequence goes on as long as its cache does, or, of a model that neither takes nor returns a cache, as long as its
+  input is the previous input and one more token. Any other pass begins new sequences.
 - A sequence is a hypothesis, not a place in the batch: beam search moves it between places, and when it branches,
   the first branch keeps the number and the others get one of their own (`parent_sequence_id`, `fork_position`).
   Copies of a cache branch in the same way.
@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from strapfmt_capture.arguments import tags_text
 from strapfmt_capture.batches import Batch, Uncached
-from strapfmt_capture.histories import PADDING, CacheWatcher, History, cache_length
-from strapfmt_capture.inputs import Inputs, read_inputs
+from strapfmt_capture.histories import PADDING, CacheWatcher, History
+from strapfmt_capture.inputs import Inputs
 from strapfmt_capture.texts import TokenTexts
 
 __all__ = ["Column", "RowTracker", "Step"]
@@ -111,22 +111,16 @@ class RowTracker:
         self._output_hook: torch.utils.hooks.RemovableHandle | None = None
         self._step = -1
 
-    def begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step:
-        """Describe the pass that is about to run.
+    def begin(self, module: torch.nn.Module, inputs: Inputs | None) -> Step:
+        """Describe the pass that has just begun.
 
         Parameters
         ----------
         module : torch.nn.Module
-            The outermost module that is called.
-        args, kwargs
-            The arguments of the call; read, never kept.
-
-        Raises
-        ------
-        CaptureError
-            For inputs that cannot be followed: tuples of tensors as a cache, block masks, continuous batching.
+            The module that is called.
+        inputs : Inputs or None
+            What it is given, as `read_inputs` found it when it was called; not kept.
         """
-        inputs = read_inputs(module, args, kwargs)
         if inputs is None:
             self._step = self._reserve("step", 1)
             return Step(
@@ -148,7 +142,7 @@ class RowTracker:
         if history is not None:
             batch = self._continued(history, inputs.real(history.length), history.n_tokens)
         elif inputs.cache is not None:
-            past = cache_length(inputs.cache) or 0
+            past = inputs.past or 0
             batch = self._begun(inputs, inputs.real(past), past)
             self._watcher.watch(inputs.cache, batch.history)
         else:
@@ -183,7 +177,7 @@ class RowTracker:
         history = self._watcher.find(inputs.cache)
         if history is None or len(history) != inputs.n_sequences or not history.length:
             return None
-        length = cache_length(inputs.cache)
+        length = inputs.past
         if length is None or length == history.length:
             return history
         if length == 0:  # reset, to be used for something else
@@ -362,6 +356,7 @@ class RowTracker:
             ):
                 if hasattr(value, "get_seq_length") and self._watcher.find(value) is None:
                     self._watcher.watch(value, history)
+                    self._uncached = None  # who goes on with this pass does so with its cache
 
         self._unhook()  # the one of a pass that failed
         self._output_hook = module.register_forward_hook(follow)

@@ -231,10 +231,10 @@ class Capture:
             path=self.path,
             state=self._state,
             sites=tuple(_account(tap, drain.written if drain else {}) for tap in taps),
-            n_tokens=hooks.n_tokens if hooks else 0,
-            n_steps=hooks.n_steps if hooks else 0,
-            n_dropped_steps=hooks.n_dropped_steps if hooks else 0,
-            n_abandoned_steps=hooks.n_abandoned_steps if hooks else 0,
+            n_tokens=hooks.steps.n_tokens if hooks else 0,
+            n_steps=hooks.steps.n_steps if hooks else 0,
+            n_dropped_steps=hooks.steps.n_dropped_steps if hooks else 0,
+            n_abandoned_steps=hooks.steps.n_abandoned_steps if hooks else 0,
             n_bytes=drain.n_bytes if drain else 0,
             stall_s=ring.stall_s if ring else 0.0,
             peak_fill=ring.peak_bytes / ring.n_bytes if ring else 0.0,
@@ -255,7 +255,7 @@ class Capture:
         silent = [tap.point.site for tap in self._engine.hooks.taps if not tap.n_calls]
         if not silent:
             return None
-        n_steps = self._engine.hooks.n_steps
+        n_steps = self._engine.hooks.steps.n_steps
         if n_steps == 0:
             why = (
                 f"no forward pass of {type(self._model).__name__} ran inside the with block (calling .forward() "

@@ -1,0 +1,306 @@
+"""Steps: when a forward pass begins and ends, and which tokens it is about.
+
+A pass is the outermost call of a row module (the model, or a language model in it that holds a site). Its tokens are
+those of the innermost such language model entered before the first site fires, as that is what computes: a wrapper may
+take others (it shifts them, or puts soft prompts before them), or take them under a name of its own. A wrapper that
+calls its model again after that has returned makes another step.
+
+A step begins with the first site that fires, or when the call is over, by a return or by an exception.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import FrameType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from strapfmt.errors import CaptureError, RingFullError
+from strapfmt_capture.drain import Drain, Events, Item, StepEnd, StepStart
+from strapfmt_capture.eager import check_runs_eagerly, is_repetition
+from strapfmt_capture.inputs import Inputs, named_arguments, read_inputs
+from strapfmt_capture.placement import Placement
+from strapfmt_capture.ring import Ring
+from strapfmt_capture.rows import RowTracker, Step
+
+__all__ = ["OnFull", "OpenStep", "Steps"]
+
+OnFull = Literal["block", "drop", "raise"]
+
+# When a step begins and more than this share is in use, the ring counts as full: the rest is for the step itself.
+_FULL_SHARE = 1 / 2
+_REASON_CHARS = 500
+
+
+@dataclass(slots=True, kw_only=True)
+class OpenStep:
+    """A step that has begun; `whole` are the rows of a tensor that begins with the sizes of the `batch`.
+
+    `chosen` are the positions at which the head computes, None if it computes all.
+    """
+
+    step: Step
+    batch: tuple[int, ...]
+    whole: Placement
+    chosen: npt.NDArray[np.int64] | None
+    is_dropped: bool
+    dropped: dict[str, int] = field(default_factory=dict)
+    index: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Call:
+    """A call under way: its own frame, that of the language model in it, and what that is given."""
+
+    frame: FrameType
+    model_frame: FrameType
+    exception: BaseException | None
+    module: torch.nn.Module
+    inputs: Inputs | None
+    kept: Any
+    started_ns: int
+    started_s: float
+    open: OpenStep | None = None
+
+
+class Steps:
+    """Follows the calls of row modules, and begins and ends a step for each pass.
+
+    Parameters
+    ----------
+    ring : Ring
+    drain : Drain
+        Asked at every step whether it has failed.
+    tracker : RowTracker
+    on_full : {"block", "drop", "raise"}
+        What happens when the ring is full as a step begins. A step that has begun waits for space.
+    on_complete : callable
+        Called with each step that has ended well.
+
+    Attributes
+    ----------
+    process : int
+        The one in which passes are recorded.
+    n_steps, n_dropped_steps, n_abandoned_steps, n_tokens : int
+    """
+
+    def __init__(
+        self,
+        *,
+        ring: Ring[Item],
+        drain: Drain,
+        tracker: RowTracker,
+        on_full: OnFull,
+        on_complete: Callable[[OpenStep], None],
+    ) -> None:
+        self.process = os.getpid()
+        self.n_steps, self.n_dropped_steps, self.n_abandoned_steps, self.n_tokens = 0, 0, 0, 0
+        self._ring, self._drain, self._tracker = ring, drain, tracker
+        self._on_full, self._on_complete = on_full, on_complete
+        self._call: _Call | None = None
+        self._thread = 0
+
+    def enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take note that a row module is called; the caller is the frame of that call."""
+        check_runs_eagerly()
+        if is_repetition():
+            return
+        if os.getpid() != self.process:
+            raise CaptureError(
+                "a process that was forked inside the capture runs the captured model, and nothing drains it there; "
+                "run the model in the process that captures, or start the other one before"
+            )
+        # The frame two levels up is the call's: as long as it is on the stack, that call is not over.
+        frame = sys._getframe(2)
+        call = self._call
+        if call is not None:
+            if self._is_inside(call, frame):
+                self._enter_inside(call, module, args, kwargs, frame)
+                return
+            self._end(call, "abandoned", "interrupted")
+        self._thread = threading.get_ident()
+        self._call = _called(module, args, kwargs, frame, frame, sys.exception())
+
+    def leave(self) -> None:
+        """Take note that a call of a row module is over; the caller's caller is its frame."""
+        call, caller = self._call, sys._getframe(2)
+        # After an exception the hook is called one frame further out.
+        if call is None or caller not in (call.frame, call.frame.f_back):
+            return
+        error = sys.exception()
+        if error is None or error is call.exception:
+            self._end_well(call)
+            return
+        if call.open is None:
+            try:
+                self._begin(call)
+            except CaptureError:  # the model's own error is on its way
+                self._call = None
+                return
+        self._end(call, "abandoned", _reason(error))
+
+    def current(self) -> OpenStep | None:
+        """Return the step under way, which begins now if it has not; None outside of any pass."""
+        call = self._call
+        return None if call is None else call.open or self._begin(call)
+
+    def finish(self, error: BaseException | None) -> None:
+        """End what is still open: a step that an interrupt has cut off, and what is known of rows since."""
+        if self._call is not None:
+            self._end(self._call, "abandoned", _reason(error))
+        events = self._tracker.take_events()
+        if events is not None:
+            self._ring.publish(Events(columns=events))
+
+    # Inside.
+
+    def _is_inside(self, call: _Call, frame: FrameType) -> bool:
+        """Whether a call lies inside that of the open step; raise if it comes from another thread."""
+        if threading.get_ident() != self._thread:
+            raise CaptureError(
+                "two threads run the captured model at once, and rows cannot be told apart; give each thread its "
+                "own copy of the model and its own capture with a rank of its own"
+            )
+        return _is_on_stack(call.frame, frame)
+
+    def _enter_inside(
+        self,
+        call: _Call,
+        module: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        frame: FrameType,
+    ) -> None:
+        """A language model is called inside a call: its tokens are those of the step."""
+        if not _is_on_stack(call.model_frame, frame):
+            self._end_well(call)
+            self._call = _called(module, args, kwargs, call.frame, frame, call.exception)
+            return
+        call.model_frame = frame
+        given = named_arguments(module, args, kwargs)
+        if call.open is None:
+            kept = _kept(given)
+            call.kept = call.kept if kept is None else kept
+        if call.inputs is not None and call.inputs.is_read_from(given):
+            return
+        inputs = read_inputs(module, given)
+        if inputs is None:
+            return
+        is_same = call.inputs is not None and inputs.agrees_with(call.inputs)
+        if call.open is None:
+            if is_same and call.inputs is not None and inputs.token_ids is None:
+                inputs = replace(inputs, token_ids=call.inputs.token_ids)
+            call.module, call.inputs = module, inputs
+        elif not is_same:
+            raise CaptureError(
+                f"{type(module).__name__} inside the captured model is given other tokens than the call around it, in "
+                "which a site has fired already, so rows cannot be told apart; capture that model itself, or only "
+                "sites that fire inside it"
+            )
+
+    def _begin(self, call: _Call) -> OpenStep:
+        self._drain.check()
+        is_full = self._on_full != "block" and self._ring.n_used > self._ring.n_bytes * _FULL_SHARE
+        if is_full and self._on_full == "raise":
+            raise RingFullError(
+                f"the ring is full ({self._ring.n_used} of {self._ring.n_bytes} bytes wait to be written) and "
+                'on_full="raise"; use "block" or "drop", a larger ring_bytes, fewer sites or a faster disk'
+            )
+        step = self._tracker.begin(call.module, call.inputs)
+        if is_full:
+            self.n_dropped_steps += 1
+            if len(step.rows):
+                step.tokens["dropped"] = np.ones(len(step.rows), bool)
+        self.n_steps += 1
+        self.n_tokens += len(step.rows)
+        self._ring.publish(StepStart(step=step))
+        call.open = OpenStep(
+            step=step,
+            batch=(step.n_sequences, step.n_query),
+            whole=Placement(n_rows=len(step.rows), index=step.selected, rows=step.rows),
+            chosen=_positions(call.kept, step.n_query) if step.is_language else None,
+            is_dropped=is_full,
+        )
+        return call.open
+
+    def _end_well(self, call: _Call) -> None:
+        open_step = call.open or self._begin(call)
+        if open_step.is_dropped:
+            self._end(call, "dropped", "the ring was full")
+        else:
+            self._on_complete(open_step)
+            self._end(call, "complete", None)
+
+    def _end(self, call: _Call, status: str, reason: str | None) -> None:
+        if call.open is not None:  # else it was cut off before anything happened
+            self.n_abandoned_steps += status == "abandoned"
+            self._ring.publish(
+                StepEnd(
+                    step=call.open.step,
+                    started_ns=call.started_ns,
+                    duration_s=time.perf_counter() - call.started_s,
+                    status=status,
+                    reason=reason,
+                    dropped=call.open.dropped,
+                )
+            )
+        self._call = None
+
+
+def _called(
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    frame: FrameType,
+    model_frame: FrameType,
+    exception: BaseException | None,
+) -> _Call:
+    given = named_arguments(module, args, kwargs)
+    return _Call(
+        frame=frame,
+        model_frame=model_frame,
+        exception=exception,
+        module=module,
+        inputs=read_inputs(module, given),
+        kept=_kept(given),
+        started_ns=time.time_ns(),
+        started_s=time.perf_counter(),
+    )
+
+
+def _is_on_stack(wanted: FrameType, frame: FrameType | None) -> bool:
+    while frame is not None and frame is not wanted:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _kept(given: Mapping[str, Any]) -> Any:
+    """Return what the head is told to compute, as Hugging Face calls it now and did before."""
+    kept = given.get("logits_to_keep")
+    return given.get("num_logits_to_keep") if kept is None else kept
+
+
+def _positions(kept: Any, n_query: int) -> npt.NDArray[np.int64] | None:
+    """Return the positions that `logits_to_keep` means, None if it means all of them or nothing that is known."""
+    if isinstance(kept, int):
+        kept = slice(-kept, None)
+    if not isinstance(kept, (slice, list, torch.Tensor)):
+        return None
+    chosen = kept.cpu().numpy() if isinstance(kept, torch.Tensor) else kept
+    try:
+        positions: npt.NDArray[np.int64] = np.arange(n_query)[chosen].reshape(-1)
+    except IndexError:  # the model is about to say so itself
+        return None
+    return None if np.array_equal(positions, np.arange(n_query)) else positions
+
+
+def _reason(error: BaseException | None) -> str:
+    return "interrupted" if error is None else f"{type(error).__name__}: {error}"[:_REASON_CHARS]
