@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import pickle
 import time
 import weakref
 from collections.abc import Iterator
@@ -882,18 +881,12 @@ def test_what_cannot_be_followed_is_refused(inputs: dict[str, Any], message: str
         begin(tracker, torch.nn.Identity(), {"input_ids": torch.tensor([[5, 6]]), **inputs})
 
 
-def test_closing_leaves_the_cache_and_the_model_as_they_were() -> None:
+def test_closing_leaves_the_model_as_it_was() -> None:
     model = tiny_model("llama")
-    cache = DynamicCache(config=model.config)
-    before = set(vars(cache))
     with recording(model):
-        model(torch.tensor(prompts(3, 3)), past_key_values=cache)
-        branch = copy.deepcopy(cache)
-        assert set(vars(cache)) > before
-    assert set(vars(cache)) == set(vars(branch)) == before
+        model(torch.tensor(prompts(3, 3)))
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
-    cache.reorder_cache(torch.tensor([1, 0]))
 
 
 def test_a_watched_cache_dies_with_its_last_reference() -> None:
@@ -912,25 +905,10 @@ def test_a_watched_cache_dies_with_its_last_reference() -> None:
         gc.enable()
 
 
-def test_a_watched_cache_can_be_copied_and_pickled_and_still_works() -> None:
-    model = tiny_model("llama")
-    cache = DynamicCache(config=model.config)
-    with recording(model):
-        model(torch.tensor(prompts(3, 3)), past_key_values=cache)
-        keys = cache.layers[0].keys.clone()
-        for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):  # noqa: S301 - our own bytes
-            other.reorder_cache(torch.tensor([1, 1]))
-            assert torch.equal(other.layers[0].keys, keys[[1, 1]])
-            assert torch.equal(cache.layers[0].keys, keys)
-        cache.crop(-1)
-        assert torch.equal(cache.layers[0].keys, keys[:, :, :-1])
-
-
 def test_two_trackers_on_one_cache_come_off_in_any_order() -> None:
     model = tiny_model("llama")
     for first_off in (0, 1):
         cache = DynamicCache(config=model.config)
-        before = set(vars(cache))
         recorders = [Recorder(model), Recorder(model)]
         model(torch.tensor(prompts(3, 3)), past_key_values=cache)
         branch = copy.deepcopy(cache)
@@ -941,11 +919,11 @@ def test_two_trackers_on_one_cache_come_off_in_any_order() -> None:
         recorders[first_off].close()
         cache.crop(-1)
         recorders[1 - first_off].close()
-        assert [event["row"] for event in recorders[1 - first_off].events()] == [2, 5]
         cache.crop(0)
-        assert set(vars(cache)) == before or all(
-            callable(vars(cache)[name]) for name in set(vars(cache)) - before
-        )
+        assert recorders[first_off].events() == []
+        assert [event["row"] for event in recorders[1 - first_off].events()] == [2, 5]
+        assert type(cache) is type(branch) is DynamicCache
+        assert set(vars(cache)) == set(vars(branch)) == set(vars(DynamicCache(config=model.config)))
 
 
 def test_outputs_are_the_same_with_and_without_a_tracker() -> None:

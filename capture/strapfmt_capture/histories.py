@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable
-from copy import deepcopy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from copy import copy, deepcopy
+from functools import lru_cache, wraps
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
-from strapfmt.errors import CaptureError
 
 __all__ = ["PADDING", "CacheWatcher", "History", "cache_length"]
 
@@ -183,8 +183,14 @@ class History:
 class CacheWatcher:
     """Remembers the history behind each cache object, and follows what is done to the cache between passes.
 
-    A watched cache carries wrappers of its own methods as attributes until it dies or `close` is called. It is held
-    weakly: watching keeps no memory of the model alive.
+    A watched cache is an instance of a subclass of its own class, which reports its changes, until it dies or the
+    last watcher that follows it is closed; nothing is stored in it. It is held weakly: watching keeps no memory of
+    the model alive. A cache whose class cannot be subclassed or exchanged (one written in C, say) is remembered all
+    the same: its length then tells of a crop before the next pass, and nothing tells of a reordering.
+
+    Code that asks `type(cache) is DynamicCache`, not `isinstance`, can tell. transformers 5.23 does so where `generate`
+    chooses to compile (on CUDA, for a model with nothing but linear attention) and where assisted generation refuses a
+    `StaticCache`; both look at a cache that an earlier call has filled.
 
     Parameters
     ----------
@@ -205,23 +211,21 @@ class CacheWatcher:
         """Remember that `history` is behind `cache`, and follow it."""
         key = id(cache)
         if self.find(cache) is None:
-            for name in _WATCHED:
-                if callable(getattr(cache, name, None)):
-                    _Wrapper(self, _reference(cache), name).attach(cache)
-            self._entries[key] = (_reference(cache, lambda _: self._entries.pop(key, None)), history)
+            reference = _reference(cache, lambda _: self._forget(key))
         else:
-            self._entries[key] = (self._entries[key][0], history)
+            reference = self._entries[key][0]
+        self._entries[key] = reference, history
+        _active[id(self)] = self
+        _follow(cache)
 
     def close(self) -> None:
-        """Take every wrapper off again."""
-        for reference, _ in list(self._entries.values()):
-            cache = reference()
-            if cache is not None:
-                for name in _WATCHED:
-                    wrapper = vars(cache).get(name)
-                    if isinstance(wrapper, _Wrapper) and wrapper.watcher is self:
-                        wrapper.detach(cache)
+        """Forget every cache; one that no other watcher follows is of its own class again."""
+        caches = [reference() for reference, _ in list(self._entries.values())]
         self._entries.clear()
+        _active.pop(id(self), None)
+        for cache in caches:
+            if all(watcher.find(cache) is None for watcher in list(_active.values())):
+                _unfollow(cache)
 
     def changed(self, cache: Any, name: str, argument: Any) -> None:
         """Follow one call of a watched method that has just succeeded."""
@@ -237,61 +241,121 @@ class CacheWatcher:
         else:
             history.select(_indices(argument))
 
-    def copied(self, cache: Any, copy: Any) -> None:
-        """Follow a deep copy of a watched cache; the copy brings its wrappers along."""
+    def copied(self, cache: Any, copied: Any) -> None:
+        """Follow a deep copy of a watched cache."""
         history = self.find(cache)
-        if history is not None and self.find(copy) is None:
-            key = id(copy)
-            self._entries[key] = (
-                _reference(copy, lambda _: self._entries.pop(key, None)),
-                history.copy(),
-            )
+        if history is not None and self.find(copied) is None:
+            self.watch(copied, history.copy())
+
+    def _forget(self, key: int) -> None:
+        self._entries.pop(key, None)
+        if not self._entries:
+            _active.pop(id(self), None)
 
 
-class _Wrapper:
-    """A cache's method, called first and then reported; an attribute of the cache that shadows the method."""
+# By id: every watcher that remembers a cache which is still alive, and every cache that is inside a watched method.
+_active: dict[int, CacheWatcher] = {}
+_changing: set[int] = set()
+# Where the class of a followed cache keeps the cache's own class.
+_ORIGINAL = "_strapfmt_original"
+# Goes past a `__class__` or a `__setattr__` of the cache's own.
+_set_class = vars(object)["__class__"].__set__
 
-    __slots__ = ("_inner", "_name", "_reference", "watcher")
 
-    def __init__(self, watcher: CacheWatcher, reference: Callable[[], Any], name: str) -> None:
-        self.watcher, self._reference, self._name = watcher, reference, name
-        # An attribute found in the place of this one: another watcher's.
-        self._inner: Callable[..., Any] | None = None
+def _follow(cache: object) -> None:
+    if not _is_followed(cache):
+        with suppress(TypeError):  # a class that allows no subclass, or an object that keeps its class
+            _set_class(cache, _followed_class(type(cache)))  # type: ignore[arg-type] # classes are hashable
 
-    def attach(self, cache: Any) -> None:
-        self._inner = vars(cache).get(self._name)
-        setattr(cache, self._name, self)
 
-    def detach(self, cache: Any) -> None:
-        if self._inner is None:
-            delattr(cache, self._name)
-        else:
-            setattr(cache, self._name, self._inner)
+def _unfollow(cache: Any) -> None:
+    if _is_followed(cache):
+        _set_class(cache, _original(cache))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cache = self._reference()
-        if cache is None:
-            raise CaptureError(
-                f"{self._name}: the cache this belongs to is gone; copy a cache that is being captured with "
-                "copy.deepcopy, not copy.copy"
-            )
-        method = self._inner or types.MethodType(getattr(type(cache), self._name), cache)
-        result = method(*args, **kwargs)
-        self.watcher.changed(cache, self._name, next(iter((*args, *kwargs.values())), None))
+
+def _is_followed(cache: Any) -> bool:
+    return _ORIGINAL in vars(type(cache))
+
+
+def _original(cache: Any) -> Any:
+    return getattr(type(cache), _ORIGINAL)
+
+
+@contextmanager
+def _of_its_own_class(cache: Any) -> Iterator[None]:
+    followed = type(cache)
+    _set_class(cache, _original(cache))
+    try:
+        yield
+    finally:
+        _set_class(cache, followed)
+
+
+@lru_cache(maxsize=64)
+def _followed_class(original: type) -> type:
+    """Make the subclass of `original` whose instances report what is done to them.
+
+    Whatever makes another object out of a followed cache is done by the cache's own class, so that the result is of
+    that class, here and wherever it is unpickled.
+    """
+    namespace = {
+        "__slots__": (),  # or the layout would differ, and no cache could become one
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "__class__": property(_original),  # pickle compares it with the class that it is to store
+        "__init__": _init,
+        "__copy__": _copy,
+        "__deepcopy__": _deepcopy,
+        "__reduce_ex__": _reduce,
+        _ORIGINAL: original,
+    }
+    for name in _WATCHED:
+        if callable(getattr(original, name, None)):
+            namespace[name] = _reporting(original, name)
+    return types.new_class(original.__name__, (original,), {}, lambda body: body.update(namespace))
+
+
+def _reporting(original: type, name: str) -> Callable[..., Any]:
+    @wraps(getattr(original, name))
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        method = getattr(original, name)
+        if id(self) in _changing:  # part of a change that is reported as a whole
+            return method(self, *args, **kwargs)
+        _changing.add(id(self))
+        try:
+            result = method(self, *args, **kwargs)
+        finally:
+            _changing.remove(id(self))
+        argument = next(iter((*args, *kwargs.values())), None)
+        for watcher in list(_active.values()):
+            watcher.changed(self, name, argument)
         return result
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        cache = self._reference()
-        copied = memo.get(id(cache))
-        if copied is None:
-            return self
-        self.watcher.copied(cache, copied)
-        wrapper = _Wrapper(self.watcher, _reference(copied), self._name)
-        wrapper._inner = deepcopy(self._inner, memo)
-        return wrapper
+    return call
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._reference(), self._name)
+
+def _init(self: Any, *args: Any, **kwargs: Any) -> None:
+    _unfollow(self)  # `type(cache)(...)` asks for another cache of that kind
+    self.__init__(*args, **kwargs)
+
+
+def _copy(self: Any) -> Any:
+    with _of_its_own_class(self):
+        return copy(self)
+
+
+def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+    with _of_its_own_class(self):
+        copied = deepcopy(self, memo)
+    for watcher in list(_active.values()):
+        watcher.copied(self, copied)
+    return copied
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    with _of_its_own_class(self):
+        return self.__reduce_ex__(protocol)
 
 
 def cache_length(cache: Any) -> int | None:
