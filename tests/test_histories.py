@@ -21,6 +21,7 @@ from transformers import AutoConfig, DynamicCache, EncoderDecoderCache, StaticCa
 import strapfmt
 from strapfmt.reader import Reader
 from strapfmt_capture.histories import CacheWatcher, History
+from strapfmt_capture.inputs import read_inputs
 from strapfmt_capture.rows import RowTracker, Step
 
 Reported = tuple[object, str, object]
@@ -217,7 +218,8 @@ def test_a_class_that_refuses_is_left_alone_and_known_by_its_length() -> None:
         return ids[kind] - n
 
     def step(tokens: torch.Tensor) -> Step:
-        return tracker.begin(torch.nn.Identity(), (), {"input_ids": tokens, "past_key_values": cache})
+        module = torch.nn.Identity()
+        return tracker.begin(module, read_inputs(module, {"input_ids": tokens, "past_key_values": cache}))
 
     tracker = RowTracker(reserve=reserve)
     step(IDS[:, :4])
