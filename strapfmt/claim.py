@@ -23,7 +23,7 @@ from strapfmt.mapped import read_file
 from strapfmt.paths import absolute_path
 from strapfmt.text import shown_path
 
-__all__ = ["check_writable", "claim_rank", "rank_from_environment"]
+__all__ = ["check_writable", "claim_rank", "discard_rank", "rank_from_environment"]
 
 
 def claim_rank(disk: Disk, path: Path, rank: int | None, mode: str) -> tuple[Lock, Manifest]:
@@ -67,6 +67,19 @@ def claim_rank(disk: Disk, path: Path, rank: int | None, mode: str) -> tuple[Loc
         created_ns=now,
         committed_ns=now,
     )
+
+
+def discard_rank(path: Path, rank: int) -> None:
+    """Delete a rank that was just made, for a session that could not begin, and the dataset if nothing else is in it.
+
+    Raises
+    ------
+    WriterConflictError
+        If a writer holds it.
+    """
+    _remove(Disk(), path / spec.RANK_DIRECTORY.format(rank=rank), path)
+    with contextlib.suppress(OSError):  # other ranks are there
+        path.rmdir()
 
 
 def _make_directories(disk: Disk, path: Path) -> None:
@@ -119,6 +132,7 @@ def check_writable(path: str | Path, *, rank: int | None = None, mode: str = "cr
     root = path / spec.RANK_DIRECTORY.format(rank=rank or 0)
     if mode == "append" and not (root / spec.MANIFEST_NAME).exists() and (rank is None or not path.is_dir()):
         raise DatasetNotFoundError(f"{path}: no dataset to append to; use mode='create'")
+    _check_parents(path)
     _check_directory(path, mode)
     if mode == "create" and (root.exists() or (rank is None and path.exists() and any(path.iterdir()))):
         if (root / spec.LOCK_NAME).exists():
@@ -146,6 +160,15 @@ def _exists_message(path: Path, rank: int) -> str:
         f"{shown_path(path)}: rank {rank} of this dataset exists; overwrite=True (mode='overwrite') replaces it, "
         "mode='append' goes on behind it"
     )
+
+
+def _check_parents(path: Path) -> None:
+    """Refuse a place below something that is no directory."""
+    nearest = next(parent for parent in path.parents if parent.exists())
+    if not nearest.is_dir():
+        raise ArgumentError(
+            f"path: expected a place in a directory, but {nearest} is a file; got {str(path)!r}"
+        )
 
 
 def _check_directory(path: Path, mode: str) -> None:

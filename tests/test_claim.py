@@ -42,6 +42,18 @@ def test_a_directory_of_other_things_is_refused(tmp_path: Path, mode: str) -> No
     assert [entry.name for entry in path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("mode", ["create", "overwrite"])
+@pytest.mark.parametrize("below", ["x.strap", "more/x.strap"])
+def test_a_place_below_a_file_is_refused(tmp_path: Path, mode: str, below: str) -> None:
+    file = tmp_path / "file.txt"
+    file.write_text("mine")
+    with pytest.raises(
+        ArgumentError, match=r"path: expected a place in a directory, but .*file\.txt is a file"
+    ):
+        DatasetWriter(file / below, mode=mode)  # type: ignore[arg-type]
+    assert file.read_text() == "mine"
+
+
 def test_an_empty_directory_becomes_a_dataset(tmp_path: Path) -> None:
     path = tmp_path / "x.strap"
     path.mkdir()
