@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, T5Config,
 from strapfmt.errors import ArgumentError, CaptureError, CompiledModelError, SiteNotFoundError
 from strapfmt_capture.architectures import ARCHITECTURES, Architecture
 from strapfmt_capture.hookpoints import HookPoint, hook_points
-from strapfmt_capture.sites import check_not_compiled, list_sites, resolve, row_modules
+from strapfmt_capture.sites import check_not_compiled, list_sites, remarks, resolve, row_modules
 
 # Architectures that have both forms of a block, in the form their family does not have by default.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -223,6 +224,18 @@ def test_a_name_that_matches_nothing_names_near_misses(pattern: str, near: str) 
     assert "LlamaForCausalLM" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "wider"), [("blocks.0", "blocks.0.*"), ("blocks.*", "blocks.*.resid_post")]
+)
+def test_a_block_is_no_site_and_the_advice_names_those_in_it(pattern: str, wider: str) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(SiteNotFoundError, match=re.escape(f"did you mean '{pattern}.*'")) as caught:
+        resolve(model, pattern)
+    assert wider in str(caught.value)
+    for name in caught.value.stored:
+        assert resolve(tiny_model("llama", attn_implementation="eager"), name)
+
+
 def test_the_side_of_a_module_is_in_or_out() -> None:
     with pytest.raises(SiteNotFoundError):
         resolve(tiny_model("llama"), "model.norm:input")
@@ -253,10 +266,21 @@ def test_attention_patterns_need_eager_attention() -> None:
 
 def test_a_place_without_a_tensor_is_an_error_that_names_it() -> None:
     point = HookPoint(site="s", module_path="a.b", where="out")
-    for output in (None, (), (None,), {"hidden": None}, "text"):
-        with pytest.raises(CaptureError, match=r"site 's' at a\.b:out: expected a tensor"):
+    tensor = torch.zeros(1)
+    for output, found in (
+        (None, "returned None"),
+        ((), "returned a tuple of nothing"),
+        ((None,), "returned a tuple of NoneType"),
+        (((tensor, tensor), {"a": tensor}), "returned a tuple of tuple, dict"),
+        ({"hidden": None}, "returned a dict of 'hidden': NoneType"),
+        ("text", "returned a str"),
+    ):
+        message = f"site 's' at a.b:out: expected a tensor, but the module {found};"
+        with pytest.raises(CaptureError, match=re.escape(message)):
             point.read((), {}, output)
-    with pytest.raises(CaptureError, match=r"a.b:in"):
+    with pytest.raises(
+        CaptureError, match=r"a\.b:in: .* called with a tuple of nothing and a dict of 'flag': bool"
+    ):
         HookPoint(site="s", module_path="a.b", where="in").read((), {"flag": True})
     with pytest.raises(CaptureError):
         HookPoint(site="s", module_path="a.b", where="out", index=3).read((), {}, (torch.zeros(1),))
@@ -414,6 +438,42 @@ def test_an_encoder_decoder_is_refused() -> None:
         row_modules(model)
     encoder = model.get_encoder()
     assert row_modules(encoder) == [encoder]
+
+
+class _Compiled(torch.nn.Module):
+    def __init__(self, *children: torch.nn.Module) -> None:
+        super().__init__()
+        self.inside = torch.nn.ModuleList(children) if children else None
+
+    @torch.compile(backend="eager")
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+
+class _NeverCompiled(_Compiled):
+    @torch.compiler.disable
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+
+def test_a_class_that_compiles_its_forward_is_refused_where_modules_are_inside_it() -> None:
+    check_not_compiled(torch.nn.Sequential(_Compiled(), _NeverCompiled(torch.nn.ReLU())))
+    with pytest.raises(CompiledModelError, match=r"'1' is compiled"):
+        check_not_compiled(torch.nn.Sequential(_Compiled(), _Compiled(torch.nn.ReLU())))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_one_decoder_gives_no_cause_for_remarks(family: str) -> None:
+    assert remarks(tiny_model(family, attn_implementation="eager"), "**") == []
+
+
+def test_the_second_decoder_of_a_model_is_told() -> None:
+    both = torch.nn.ModuleDict({"draft": tiny_model("gpt2"), "target": tiny_model("llama")})
+    (said,) = remarks(both, "blocks.*.resid_post")
+    assert "2 decoders" in said
+    assert "the first, at 'draft.transformer'" in said
+    assert "'target.model'" in said
+    assert remarks(both, "target.model.layers.*") == []
 
 
 def test_compiled_models_are_refused() -> None:

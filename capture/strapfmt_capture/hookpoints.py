@@ -11,7 +11,7 @@ import torch
 from strapfmt.errors import CaptureError
 from strapfmt_capture.architectures import ARCHITECTURES, HEADS, Architecture
 
-__all__ = ["EAGER_ADVICE", "Decoder", "HookPoint", "find_decoder", "hook_points"]
+__all__ = ["EAGER_ADVICE", "Decoder", "HookPoint", "find_decoder", "find_decoders", "hook_points"]
 
 EAGER_ADVICE = (
     'the attention pattern exists only with eager attention: load the model with attn_implementation="eager"'
@@ -66,7 +66,9 @@ class HookPoint:
         """
         value = self._input(args, kwargs) if self.where == "in" else self._output(output)
         if not isinstance(value, torch.Tensor):
-            raise CaptureError(self._complaint(value))
+            returned = f"returned {_kind(output)}"
+            called = f"was called with {_kind(args)} and {_kind(kwargs)}"
+            raise CaptureError(self._complaint(called if self.where == "in" else returned))
         return value.transpose(1, 2) if self.heads_first else value
 
     def _input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -83,10 +85,11 @@ class HookPoint:
             return _first_tensor(output)
         return output[self.index] if self.index < len(output) else None
 
-    def _complaint(self, value: Any) -> str:
-        found = "None" if value is None else f"a {type(value).__name__}"
-        advice = EAGER_ADVICE if self.heads_first else "check what this module takes and returns"
-        return f"site {self.site!r} at {self.hook_point}: expected a tensor, found {found}; {advice}"
+    def _complaint(self, found: str) -> str:
+        advice = (
+            EAGER_ADVICE if self.heads_first else "take a module inside it, or around it, that has a tensor"
+        )
+        return f"site {self.site!r} at {self.hook_point}: expected a tensor, but the module {found}; {advice}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,16 +133,24 @@ class Decoder:
 
 def find_decoder(model: torch.nn.Module) -> Decoder | None:
     """Return the first decoder in `model` whose `config.model_type` is in the table, or None."""
+    return next(find_decoders(model), None)
+
+
+def find_decoders(model: torch.nn.Module) -> Iterator[Decoder]:
+    """Yield the decoders in `model` whose `config.model_type` is in the table, each once."""
+    seen: list[torch.nn.Module] = []  # their blocks, which a wrapper (PEFT) passes off as its own
     for path, module in model.named_modules():
         model_type = getattr(getattr(module, "config", None), "model_type", None)
         architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
-        if architecture is not None and isinstance(_child(module, architecture.blocks), torch.nn.ModuleList):
-            head = _find_head(model, path)
-            owner = None if head is None else head.rpartition(".")[0]
-            return Decoder(
-                path=path, module=module, architecture=architecture, head=head, language_model=owner
-            )
-    return None
+        blocks = None if architecture is None else _child(module, architecture.blocks)
+        if architecture is None or not isinstance(blocks, torch.nn.ModuleList):
+            continue
+        if any(blocks is each for each in seen):
+            continue
+        seen.append(blocks)
+        head = _find_head(model, path)
+        owner = None if head is None else head.rpartition(".")[0]
+        yield Decoder(path=path, module=module, architecture=architecture, head=head, language_model=owner)
 
 
 def hook_points(model: torch.nn.Module) -> dict[str, HookPoint]:
@@ -198,6 +209,18 @@ def _uniform(decoder: Decoder) -> Iterator[HookPoint]:
 def _first_tensor(values: Sequence[Any]) -> Any:
     """The first tensor that can hold activations; a scalar is a loss."""
     return next((value for value in values if isinstance(value, torch.Tensor) and value.ndim), None)
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in words, with what a tuple or a mapping holds."""
+    name = type(value).__name__
+    if isinstance(value, Mapping):
+        inside = ", ".join(f"{key!r}: {type(each).__name__}" for key, each in value.items())
+    elif isinstance(value, (tuple, list)):
+        inside = ", ".join(type(each).__name__ for each in value)
+    else:
+        return "None" if value is None else f"a {name}"
+    return f"a {name} of {inside or 'nothing'}"
 
 
 def _child(module: torch.nn.Module, path: str) -> torch.nn.Module | None:

@@ -16,17 +16,19 @@ import torch
 
 from strapfmt.errors import ArgumentError, CaptureError, CompiledModelError, SiteNotFoundError
 from strapfmt_capture.arguments import check_model
-from strapfmt_capture.hookpoints import EAGER_ADVICE, HookPoint, find_decoder, hook_points
+from strapfmt_capture.hookpoints import EAGER_ADVICE, HookPoint, find_decoder, find_decoders, hook_points
 from strapfmt_capture.listing import SiteInfo, SiteListing, describe
 
 __all__ = [
     "HookPoint",
     "SiteInfo",
     "SiteListing",
+    "as_patterns",
     "check_not_compiled",
     "describe",
     "hook_points",
     "list_sites",
+    "remarks",
     "resolve",
     "row_modules",
 ]
@@ -58,13 +60,7 @@ def resolve(model: torch.nn.Module, patterns: str | Iterable[str]) -> list[HookP
     ArgumentError
         If there are no patterns.
     """
-    if not isinstance(patterns, Iterable):
-        raise ArgumentError(f'sites: expected names such as "blocks.*.resid_post", got {patterns!r}')
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    if strange := [each for each in wanted if not isinstance(each, str)]:
-        raise ArgumentError(f'sites: expected names such as "blocks.*.resid_post", got {strange[0]!r}')
-    if not wanted:
-        raise ArgumentError('sites: expected at least one name, for example "blocks.*.resid_post"; got none')
+    wanted = as_patterns(patterns)
     uniform = hook_points(model)
     paths = [path for path, _ in model.named_modules() if path]
     found: dict[str, HookPoint] = {}
@@ -74,6 +70,41 @@ def resolve(model: torch.nn.Module, patterns: str | Iterable[str]) -> list[HookP
     order = {site: number for number, site in enumerate(uniform)}
     place = {path: number for number, path in enumerate(paths, len(order))}
     return sorted(found.values(), key=lambda point: order.get(point.site, place.get(point.module_path, -1)))
+
+
+def as_patterns(patterns: str | Iterable[str]) -> list[str]:
+    """Return what a person asks for as a list.
+
+    Raises
+    ------
+    ArgumentError
+        If it is no text, or nothing.
+    """
+    if not isinstance(patterns, Iterable):
+        raise ArgumentError(f'sites: expected names such as "blocks.*.resid_post", got {patterns!r}')
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    if strange := [each for each in wanted if not isinstance(each, str)]:
+        raise ArgumentError(f'sites: expected names such as "blocks.*.resid_post", got {strange[0]!r}')
+    if not wanted:
+        raise ArgumentError('sites: expected at least one name, for example "blocks.*.resid_post"; got none')
+    return wanted
+
+
+def remarks(model: torch.nn.Module, patterns: str | Iterable[str]) -> list[str]:
+    """Say what `patterns`, as `resolve` reads them, leave out that a person may expect."""
+    uniform = hook_points(model)
+    asked = {site for pattern in as_patterns(patterns) for site in _matching(pattern, uniform)}
+    decoders = list(find_decoders(model))
+    said = []
+    if asked and not decoders[0].is_eager and any(uniform[site].heads_first for site in asked):
+        said.append(f"attention patterns were left out: {EAGER_ADVICE}; found {decoders[0].attention!r}")
+    if asked and len(decoders) > 1:
+        others = ", ".join(repr(decoder.path) for decoder in decoders[1:])
+        said.append(
+            f"the model holds {len(decoders)} decoders, and names such as blocks.N mean the first, at "
+            f"{decoders[0].path!r}; ask for modules of {others} by their paths"
+        )
+    return said
 
 
 def list_sites(model: torch.nn.Module) -> SiteListing:
@@ -131,7 +162,7 @@ def check_not_compiled(model: torch.nn.Module) -> None:
         Naming the first such module.
     """
     for path, module in model.named_modules():
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        if _is_compiled(module):
             place = f"its module {path!r}" if path else "it"
             raise CompiledModelError(
                 f"cannot capture {type(model).__name__}: {place} is compiled by torch.compile, and compiled code "
@@ -171,9 +202,28 @@ def _without_patterns(model: torch.nn.Module, pattern: str, sites: list[str]) ->
     return kept
 
 
+def _is_compiled(module: torch.nn.Module) -> bool:
+    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    has_children = next(module.children(), None) is not None
+    # The hooks of a module run outside its forward, so that a class of leaves may have compiled its own.
+    return _is_compiled_function(vars(module).get("forward")) or (
+        has_children and _is_compiled_function(getattr(type(module), "forward", None))
+    )
+
+
+def _is_compiled_function(function: object) -> bool:
+    """Whether this is what torch.compile makes of a function; torch.compiler.disable leaves the same mark."""
+    return hasattr(function, "_torchdynamo_orig_callable") and not hasattr(function, "_torchdynamo_disable")
+
+
 def _not_found(
     model: torch.nn.Module, pattern: str, uniform: Mapping[str, HookPoint], paths: Sequence[str]
 ) -> SiteNotFoundError:
+    if inside := _matching(f"{pattern}.*", uniform):  # a block, which holds sites and is none
+        places = dict.fromkeys(site.rpartition(".")[2] for site in inside)
+        wider = [f"{pattern}.{place}" for place in ("*", *places)]
+        return SiteNotFoundError(pattern, wider, where=type(model).__name__)
     if uniform:
         return SiteNotFoundError(pattern, [*uniform, *paths], where=type(model).__name__)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
