@@ -140,7 +140,8 @@ def _uniform_shape(site: str, decoder: Decoder) -> tuple[int, ...] | None:
 def _module_shape(module: torch.nn.Module, where: str) -> tuple[int, ...] | None:
     """Shape of one token at a module that says how wide it is."""
     if isinstance(module, torch.nn.Linear):
-        return (module.in_features if where == "in" else module.out_features,)
+        width = module.in_features if where == "in" else module.out_features
+        return (width,) if width else None  # a lazy layer learns its width in its first pass
     if isinstance(module, torch.nn.Embedding):
         return (module.embedding_dim,) if where == "out" else ()
     if isinstance(module, torch.nn.LayerNorm):

@@ -20,17 +20,19 @@ _PACKAGES = ("strapfmt", "torch", "transformers", "pyarrow", "numpy")
 def describe_model(model: torch.nn.Module) -> dict[str, Any]:
     """Return class, name, revision, config hash, dtypes and devices of a model, as far as it tells them.
 
+    `n_parameters` is left out where a lazy layer does not know its own yet.
     `config_hash` is the xxh3-128 of the config's own JSON, so that two datasets of one model can be told by it.
     """
     config = getattr(model, "config", None)
     parameters = list(model.parameters())
     described: dict[str, Any] = {
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "n_parameters": sum(parameter.numel() for parameter in parameters),
         "dtypes": _names(str(parameter.dtype).removeprefix("torch.") for parameter in parameters),
         "devices": _names(str(parameter.device) for parameter in parameters),
         "training": model.training,
     }
+    if not any(map(torch.nn.parameter.is_lazy, parameters)):  # those have no size before the first pass
+        described["n_parameters"] = sum(parameter.numel() for parameter in parameters)
     for key, name in (("name", "_name_or_path"), ("revision", "_commit_hash"), ("model_type", "model_type")):
         value = getattr(config, name, None)
         if isinstance(value, str) and value:
