@@ -31,6 +31,8 @@ from strapfmt.errors import (
     WriterConflictError,
 )
 from strapfmt.reader import Reader
+from strapfmt_capture.drain import Drain
+from strapfmt_capture.hooks import Hooks
 from strapfmt_capture.progress import ProgressLine
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -89,7 +91,10 @@ def call(model: torch.nn.Module, *inputs: torch.Tensor) -> None:
         ({"mode": "append"}, DatasetNotFoundError, "no dataset to append to"),
         ({"ring_bytes": 1}, ArgumentError, "ring_bytes: expected a whole number of at least 64, got 1"),
         ({"commit_interval_s": -1.0}, ArgumentError, "commit_interval_s"),
+        ({"overwrite": "no"}, ArgumentError, "overwrite: expected True or False, got 'no'"),
         ({"tags": {"a": object()}}, ArgumentError, "tags: expected JSON values"),
+        ({"tags": {1: 1, "1": 2}}, ArgumentError, "tags: expected keys that are text, got 1; pass '1'"),
+        ({"tags": {"a": [{"b": {None: 0}}]}}, ArgumentError, "tags: expected keys that are text, got None"),
         ({"rank": -1}, ArgumentError, "rank"),
     ],
 )
@@ -132,6 +137,16 @@ def test_a_model_compiled_after_the_check_is_refused_on_entry(tmp_path: Path) ->
     with pytest.raises(CompiledModelError), cap:
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["transformer.h.1", ""])
+def test_a_model_whose_forward_is_compiled_is_refused(path: str, tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    part = model.get_submodule(path)
+    part.forward = torch.compile(part.forward, backend="eager")
+    place = f"its module '{path}' is compiled" if path else "it is compiled"
+    with pytest.raises(CompiledModelError, match=place):
+        strapfmt.capture(model, tmp_path / "x.strap", sites="blocks.*.mlp_out")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -185,6 +200,18 @@ def test_appending_keeps_what_a_site_holds(tmp_path: Path) -> None:
     ):
         wide(torch.zeros(2, 4))
     assert Reader(path)["first"].n_rows == 2
+
+
+def test_appending_another_architecture_is_refused_at_once_and_says_what_differs(tmp_path: Path) -> None:
+    model, path = tiny_model("gpt2"), tmp_path / "x.strap"
+    with strapfmt.capture(model, path, sites="blocks.0.resid_post", quiet=True):
+        model(input_ids=IDS)
+    with pytest.raises(ArgumentError) as caught:
+        strapfmt.capture(tiny_model("llama"), path, sites="blocks.0.resid_post", mode="append")
+    assert str(caught.value) == (
+        "hook_point: the dataset has 'transformer.h.0:out' for site 'blocks.0.resid_post', got "
+        "'model.layers.0:out'; write into a dataset of its own"
+    )
 
 
 def test_a_site_keeps_its_row_space_when_appended_to(tmp_path: Path) -> None:
@@ -321,8 +348,8 @@ class Stop(Exception):
     pass
 
 
-def fail(error: BaseException) -> Callable[[], None]:
-    def middle() -> None:
+def fail(error: BaseException) -> Callable[..., None]:
+    def middle(*args: object) -> None:
         raise error
 
     return middle
@@ -823,6 +850,87 @@ def test_a_wrong_argument_leaves_the_dataset_that_would_be_replaced(
     with pytest.raises(ArgumentError, match=said), strapfmt.capture(**given):
         pass
     assert Reader(path)["logits"].n_rows == 4
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_module_that_takes_no_hooks_leaves_the_dataset_that_would_be_replaced(tmp_path: Path) -> None:
+    model, path = Layers(), tmp_path / "x.strap"
+    with strapfmt.capture(model, path, sites="first", quiet=True):
+        model(torch.zeros(2, 4))
+    before = hooks_of(model)
+    model.second = torch.jit.script(model.second)
+    cap = strapfmt.capture(model, path, sites=["first", "second"], overwrite=True)
+    with (
+        pytest.raises(CaptureError, match="site 'second' at second:out: expected a module that takes hooks"),
+        cap,
+    ):
+        pass
+    assert hooks_of(model)[:2] == before[:2]
+    assert Reader(path)["first"].n_rows == 2
+    with strapfmt.capture(model, path, sites="first", overwrite=True, quiet=True):
+        model(torch.zeros(3, 4))  # what surrounds it can be captured
+    assert Reader(path)["first"].n_rows == 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_refused(tmp_path: Path) -> None:
+    for model in (
+        torch.jit.script(torch.nn.Sequential(torch.nn.Linear(4, 4))),
+        torch.jit.trace(torch.nn.Linear(4, 4), torch.zeros(1, 4)),
+    ):
+        with pytest.raises(ArgumentError, match=r"model: .* of TorchScript, which runs no hooks"):
+            strapfmt.capture(model, tmp_path / "x.strap", sites="0", overwrite=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("part", [(Hooks, "attached"), (Drain, "start")])
+@pytest.mark.parametrize("rank", [None, 1])
+def test_a_session_that_cannot_begin_leaves_nothing_behind(
+    part: tuple[type, str], rank: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = Layers(), tmp_path / "x.strap"
+    before = hooks_of(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(*part, fail(RuntimeError("can't start new thread")))
+        with pytest.raises(RuntimeError, match="can't start"):
+            strapfmt.capture(model, path, sites="first", rank=rank).__enter__()
+    assert list(tmp_path.iterdir()) == []
+    assert hooks_of(model) == before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("strapfmt")]
+    with strapfmt.capture(model, path, sites="first", rank=rank, quiet=True):
+        model(torch.zeros(2, 4))
+    assert Reader(path)["first"].n_rows == 2
+
+
+def test_a_session_that_cannot_begin_leaves_other_ranks_and_what_it_would_append_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = Layers(), tmp_path / "x.strap"
+    with strapfmt.capture(model, path, sites="first", rank=0, quiet=True):
+        model(torch.zeros(2, 4))
+    monkeypatch.setattr(Hooks, "attached", fail(RuntimeError("no")))
+    for arguments in ({"rank": 1}, {"rank": 0, "mode": "append"}):
+        with pytest.raises(RuntimeError, match="no"):
+            strapfmt.capture(model, path, sites="first", **arguments).__enter__()
+    assert [each.name for each in path.iterdir()] == ["rank-00000"]
+    assert Reader(path)["first"].n_rows == 2
+
+
+def test_layers_that_are_not_initialised_yet_are_captured(tmp_path: Path) -> None:
+    model, path = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.ReLU()), tmp_path / "x.strap"
+    with strapfmt.capture(model, path, sites=["0", "0:in"], quiet=True) as cap:
+        assert cap.estimate(10).sites["0:in"] is None
+        model(torch.zeros(2, 4))
+    reader = Reader(path)
+    assert [reader[name].spec.shape for name in ("0", "0:in")] == [(3,), (4,)]
+    assert "n_parameters" not in reader.manifests[0].sessions[0]["model"]
+
+
+def test_attention_patterns_left_out_are_told(tmp_path: Path) -> None:
+    model = tiny_model("llama", attn_implementation="sdpa")
+    cap = strapfmt.capture(model, tmp_path / "x.strap", sites="blocks.0.*")
+    assert re.search(r"attention patterns were left out: .*eager.*; found 'sdpa'", str(cap.report))
+    assert strapfmt.capture(model, tmp_path / "x.strap", sites="blocks.0.resid_*").report.notes == ()
 
 
 def test_appending_with_other_options_than_the_sites_have_is_refused_at_once(tmp_path: Path) -> None:

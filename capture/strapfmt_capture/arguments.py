@@ -13,8 +13,11 @@ import torch
 from strapfmt import spec
 from strapfmt.errors import ArgumentError
 from strapfmt.manifest import Manifest
+from strapfmt_capture.hookpoints import HookPoint
+from strapfmt_capture.texts import special_ids
 
 __all__ = [
+    "as_flag",
     "as_integer",
     "as_seconds",
     "check_appended",
@@ -23,6 +26,19 @@ __all__ = [
     "stored_manifest",
     "tags_text",
 ]
+
+
+def as_flag(name: str, value: object) -> bool:
+    """Return True or False as it is; a text such as "no" would count as true.
+
+    Raises
+    ------
+    ArgumentError
+        If it is something else.
+    """
+    if not isinstance(value, bool):
+        raise ArgumentError(f"{name}: expected True or False, got {value!r}")
+    return value
 
 
 def as_integer(name: str, value: object, least: int) -> int:
@@ -52,9 +68,14 @@ def as_seconds(name: str, value: object) -> float:
 
 
 def check_model(model: object) -> None:
-    """Refuse what is no module."""
+    """Refuse what is no module, and what runs without hooks."""
     if not isinstance(model, torch.nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {_shown(model)}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentError(
+            f"model: expected a module that runs in Python, got a {type(model).__name__} of TorchScript, which runs no "
+            "hooks; pass the module that it was made of"
+        )
 
 
 def check_tokenizer(tokenizer: object) -> None:
@@ -62,6 +83,7 @@ def check_tokenizer(tokenizer: object) -> None:
     if tokenizer is None or (
         not isinstance(tokenizer, type) and callable(getattr(tokenizer, "decode", None))
     ):
+        special_ids(tokenizer)
         return
     advice = ""
     if isinstance(tokenizer, str):
@@ -77,7 +99,7 @@ def tags_text(tags: object) -> str:
     Raises
     ------
     ArgumentError
-        If they are no mapping, or hold what JSON or UTF-8 cannot.
+        If they are no mapping, have keys that are no text, or hold what JSON or UTF-8 cannot.
     """
     if tags is None:
         return "{}"
@@ -88,6 +110,7 @@ def tags_text(tags: object) -> str:
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise ArgumentError(f"tags: expected JSON values: {error}") from error
+    _check_keys(tags)
     return text
 
 
@@ -108,27 +131,45 @@ def stored_manifest(path: Path, rank: int) -> Manifest | None:
 
 
 def check_appended(
-    path: Path, rank: int | None, sites: Iterable[str], codec: str, statistics: tuple[str, ...]
+    path: Path, rank: int | None, points: Iterable[HookPoint], codec: str, statistics: tuple[str, ...]
 ) -> None:
     """Refuse to go on at sites of a dataset in another way than they began.
 
     Raises
     ------
     ArgumentError
-        Naming the option, the site, and what the dataset has.
+        Naming the site and what differs: the option or the hook point, and what the dataset has.
     """
     manifest = stored_manifest(path, rank or 0)
     stored = {} if manifest is None else {entry.spec.name: entry.spec for entry in manifest.sites}
-    for name in sites:
-        known = stored.get(name)
+    for point in points:
+        known = stored.get(point.site)
         if known is None:
             continue
-        if known.codec != codec:
-            raise ArgumentError(f"codec: the dataset has {known.codec!r} for site {name!r}, got {codec!r}")
-        if known.statistics != statistics:
-            raise ArgumentError(
-                f"stats: the dataset has {list(known.statistics)} for site {name!r}, got {list(statistics)}"
-            )
+        pairs = {
+            "codec": (known.codec, codec),
+            "stats": (list(known.statistics), list(statistics)),
+            "hook_point": (known.hook_point, point.hook_point),
+        }
+        differing = [
+            f"{field}: the dataset has {old!r} for site {point.site!r}, got {new!r}"
+            for field, (old, new) in pairs.items()
+            if old != new
+        ]
+        if differing:
+            raise ArgumentError(f"{'; '.join(differing)}; write into a dataset of its own")
+
+
+def _check_keys(value: object) -> None:
+    """Refuse keys that JSON would turn into text, where two of them may become one."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise ArgumentError(f"tags: expected keys that are text, got {key!r}; pass {str(key)!r}")
+            _check_keys(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            _check_keys(inner)
 
 
 def _shown(value: object) -> str:

@@ -13,8 +13,9 @@ import pyarrow as pa
 import torch
 
 from strapfmt import spec
+from strapfmt.claim import discard_rank
 from strapfmt.codecs import get_codec
-from strapfmt.errors import ArgumentError
+from strapfmt.errors import ArgumentError, CaptureError, WriterConflictError
 from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
 from strapfmt_capture.arguments import as_integer, as_seconds
@@ -25,6 +26,7 @@ from strapfmt_capture.progress import ProgressLine
 from strapfmt_capture.provenance import describe_model, describe_tokenizer, describe_versions
 from strapfmt_capture.ring import Ring
 from strapfmt_capture.rows import RowTracker
+from strapfmt_capture.texts import ForgivingTokenizer
 
 __all__ = ["Engine", "Mode", "Options"]
 
@@ -72,37 +74,34 @@ class Engine:
         tags: Mapping[str, Any] | None,
         progress: bool | None,
     ) -> None:
-        #: First of all: with mode="overwrite" the writer removes what there was.
+        self._is_running = False
         self.ring: Ring[Item] = Ring(options.ring_bytes)
-        self.writer = DatasetWriter(
-            path,
-            rank=options.rank,
-            mode=options.mode,
-            codec=options.codec,
-            batch_bytes=options.batch_bytes,
-            shard_bytes=options.shard_bytes,
-            commit_interval_s=options.commit_interval_s,
-            provenance={
-                "tool": "strapfmt.capture",
-                "model": describe_model(model),
-                "tokenizer": describe_tokenizer(tokenizer),
-                "versions": describe_versions(),
-                "options": asdict(options),
-                "sites": {point.site: point.hook_point for point in points},
-            },
-        )
-        pa.array(
-            [0]
-        )  # pyarrow imports pandas, where there is one, at the first of these: not inside a forward pass
-        self._attached = ExitStack()
+        self.tokenizer = None if tokenizer is None else ForgivingTokenizer(tokenizer)
+        self.tracker = RowTracker(reserve=self._reserve, tokenizer=self.tokenizer, tags=tags)
+        heads = _head_paths(model)
+        _check_takes_hooks(model, points, modules)
+        facts = {
+            "tool": "strapfmt.capture",
+            "model": describe_model(model),
+            "tokenizer": describe_tokenizer(tokenizer),
+            "versions": describe_versions(),
+            "options": asdict(options),
+            "sites": {point.site: point.hook_point for point in points},
+        }
+        # pyarrow imports pandas, where there is one, at the first of these: not inside a forward pass.
+        pa.array([0])
         self._progress = ProgressLine(self._read_progress, show=progress)
-        try:
+        self._attached = ExitStack()
+        with ExitStack() as undo:
+            undo.enter_context(self._progress)
+            # What can fail has been tried: with mode="overwrite" the writer removes what there was.
+            self.writer = _open_writer(path, options, facts)
+            undo.callback(_give_up, self.writer, options.mode)
             self.drain = Drain(self.ring, self.writer)
-            self.tracker = RowTracker(reserve=self.writer.reserve, tokenizer=tokenizer, tags=tags)
             self._attached.callback(self.tracker.close)
             self.hooks = Hooks(
                 points,
-                heads=_head_paths(model),
+                heads=heads,
                 ring=self.ring,
                 drain=self.drain,
                 tracker=self.tracker,
@@ -111,13 +110,11 @@ class Engine:
                 statistics=options.stats,
                 known=self.writer.sites,
             )
+            undo.push(self._attached)
             self._attached.enter_context(self.hooks.attached(model, modules))
-            self._progress.__enter__()
-        except BaseException:
-            self._attached.close()
-            self.writer.abort()
-            raise
-        self.drain.start()
+            self.drain.start()
+            self._is_running = True
+            undo.pop_all()
 
     @property
     def specs(self) -> dict[str, SiteSpec]:
@@ -154,9 +151,67 @@ class Engine:
             }
         }
 
+    def _reserve(self, kind: Literal["row", "step", "sequence"], n: int) -> int:
+        # The tracker is made before the writer, and asks for numbers in the first pass.
+        return self.writer.reserve(kind, n)
+
     def _read_progress(self) -> tuple[int, int, float, int]:
+        if not self._is_running:
+            return 0, 0, 0.0, 0
         n_dropped = sum(tap.dropped for tap in self.hooks.taps)
         return self.drain.n_rows, self.drain.n_bytes, self.ring.fill, n_dropped
+
+
+def _open_writer(path: Path, options: Options, provenance: Mapping[str, Any]) -> DatasetWriter:
+    return DatasetWriter(
+        path,
+        rank=options.rank,
+        mode=options.mode,
+        codec=options.codec,
+        batch_bytes=options.batch_bytes,
+        shard_bytes=options.shard_bytes,
+        commit_interval_s=options.commit_interval_s,
+        provenance=provenance,
+    )
+
+
+def _give_up(writer: DatasetWriter, mode: Mode) -> None:
+    """End a session that could not begin; what its writer has made goes, what was there to append to stays."""
+    writer.abort()
+    if mode != "append":
+        # What has kept the session from beginning is what is raised.
+        with suppress(OSError, WriterConflictError):
+            discard_rank(writer.path, writer.rank)
+
+
+def _check_takes_hooks(
+    model: torch.nn.Module, points: Sequence[HookPoint], modules: Sequence[torch.nn.Module]
+) -> None:
+    """Try what `Hooks.attached` will do, with hooks that do nothing.
+
+    Raises
+    ------
+    CaptureError
+        Naming what takes no hooks (TorchScript, for example), or a site whose module is gone.
+    """
+    place = type(model).__name__
+    try:
+        for module in modules:
+            _try_hooks(module)
+        for point in points:
+            place = f"site {point.site!r} at {point.hook_point}"
+            _try_hooks(model.get_submodule(point.module_path))
+    except Exception as error:
+        raise CaptureError(f"{place}: expected a module that takes hooks, leave it out: {error}") from error
+
+
+def _try_hooks(module: torch.nn.Module) -> None:
+    module.register_forward_pre_hook(_do_nothing, with_kwargs=True).remove()
+    module.register_forward_hook(_do_nothing, with_kwargs=True, always_call=True).remove()
+
+
+def _do_nothing(*args: Any) -> None:
+    """Be a hook."""
 
 
 def _head_paths(model: torch.nn.Module) -> set[str]:

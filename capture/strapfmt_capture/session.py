@@ -16,6 +16,7 @@ from strapfmt.errors import ArgumentError, CaptureError, DrainError, SiteNeverFi
 from strapfmt.writer import COMMIT_INTERVAL_S
 from strapfmt_capture.accounts import CaptureReport, Estimate, SiteAccount, estimate
 from strapfmt_capture.arguments import (
+    as_flag,
     as_integer,
     check_appended,
     check_model,
@@ -23,9 +24,9 @@ from strapfmt_capture.arguments import (
     tags_text,
 )
 from strapfmt_capture.engine import Engine, Mode, Options
-from strapfmt_capture.hooks import Hooks, OnFull, Tap
+from strapfmt_capture.hooks import OnFull, Tap
 from strapfmt_capture.ring import RING_BYTES
-from strapfmt_capture.sites import check_not_compiled, describe, resolve, row_modules
+from strapfmt_capture.sites import as_patterns, check_not_compiled, describe, remarks, resolve, row_modules
 from strapfmt_capture.statistics import check_statistics
 
 __all__ = ["Capture", "Mode", "capture"]
@@ -69,7 +70,7 @@ def capture(
     sites : str or iterable of str
         Site names and module paths, with wildcards; `strapfmt.sites(model)` lists them.
     tokenizer : object, optional
-        Turns token ids into text for the `tokens` and `sequences` tables.
+        Turns token ids into text for the `tokens` and `sequences` tables; what it cannot decode is stored as null.
     codec : str
         "none", "lz4" or "zstd".
     on_full : {"block", "drop", "raise"}
@@ -115,7 +116,7 @@ def capture(
     """
     if mode not in ("create", "overwrite", "append"):
         raise ArgumentError(f"mode: expected 'create' or 'append', got {mode!r}")
-    if overwrite and mode == "append":
+    if as_flag("overwrite", overwrite) and mode == "append":
         raise ArgumentError("overwrite=True replaces the dataset and mode='append' keeps it: choose one")
     options = Options(
         codec=codec,
@@ -173,10 +174,10 @@ class Capture:
             path.absolute()
         )  # for the writer: the process may change its directory before it is entered
         self._model, self._options, self._tokenizer, self._tags = model, options, tokenizer, tags
-        self._points = resolve(model, sites)
+        patterns = as_patterns(sites)
+        self._points, self._remarks = resolve(model, patterns), remarks(model, patterns)
         if options.mode == "append":
-            names = [point.site for point in self._points]
-            check_appended(path, options.rank, names, options.codec, options.stats)
+            check_appended(path, options.rank, self._points, options.codec, options.stats)
         self._row_modules = row_modules(model)
         self._show_progress, self._quiet = progress, quiet
         self._state = "ready"
@@ -238,7 +239,7 @@ class Capture:
             n_bytes=drain.n_bytes if drain else 0,
             stall_s=ring.stall_s if ring else 0.0,
             peak_fill=ring.peak_bytes / ring.n_bytes if ring else 0.0,
-            notes=tuple(_notes(hooks)) if hooks else (),
+            notes=(*self._remarks, *(_notes(self._engine) if self._engine else ())),
         )
 
     def estimate(self, n_tokens: int) -> Estimate:
@@ -280,14 +281,17 @@ def _account(tap: Tap, written: Mapping[str, int]) -> SiteAccount:
     )
 
 
-def _notes(hooks: Hooks) -> list[str]:
-    elsewhere = sorted(str(device) for device in hooks.devices if device.type != "cpu")
-    if not elsewhere:
-        return []
-    return [
-        f"values on {', '.join(elsewhere)} came to host memory by plain copies, one a site and pass, for which the "
-        "device waits"
-    ]
+def _notes(engine: Engine) -> list[str]:
+    notes = []
+    elsewhere = sorted(str(device) for device in engine.hooks.devices if device.type != "cpu")
+    if elsewhere:
+        notes.append(
+            f"values on {', '.join(elsewhere)} came to host memory by plain copies, one a site and pass, for which the "
+            "device waits"
+        )
+    if engine.tokenizer is not None and engine.tokenizer.note is not None:
+        notes.append(engine.tokenizer.note)
+    return notes
 
 
 def _add_note(error: BaseException, note: str) -> None:
