@@ -247,6 +247,14 @@ def test_steps_in_which_a_site_did_not_fire_are_counted_and_told(tmp_path: Path)
     assert outcome["missed_steps"] == {"part": 2}
 
 
+def test_uniform_sites_without_tokens_number_their_rows_and_the_report_says_so(tmp_path: Path) -> None:
+    model = Around(lambda self, x: self.lm.lm_head(x))
+    with strapfmt.capture(model, tmp_path / "x.strap", sites="logits", quiet=True) as cap:
+        model(x=torch.zeros(2, 4, 32))
+    assert Reader(tmp_path / "x.strap")["logits"].row_space == "own"
+    assert "such as 'logits' number their own rows" in "".join(cap.report.notes)
+
+
 # Copies of the model, and backward.
 
 

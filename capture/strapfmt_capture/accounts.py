@@ -49,7 +49,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteAccount:
-    """One site: what it holds (None until it fires) and what became of its rows."""
+    """One site: what it holds (None until it fires), what became of its rows, and the passes in which it had none."""
 
     name: str
     module_path: str
@@ -59,6 +59,7 @@ class SiteAccount:
     expected: int
     written: int
     dropped: int
+    n_missed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +123,15 @@ class CaptureReport:
             where = [visible(site.name) for site in self.sites if site.dropped]
             more = f" and {len(where) - 3} more" if len(where) > 3 else ""
             line += f" in {self.n_dropped_steps} of {self.n_steps} steps (at {', '.join(where[:3])}{more})"
-        return line
+        return line + "".join(f"; {note}" for note in self._missed()[:1])
+
+    def _missed(self) -> list[str]:
+        """Say which sites did not fire in every pass; the most missing first."""
+        missed = sorted((site for site in self.sites if site.n_missed), key=lambda site: -site.n_missed)
+        return [
+            f"{visible(site.name)!r} did not fire in {site.n_missed} of {self.n_steps} passes"
+            for site in missed
+        ]
 
     def __str__(self) -> str:
         rows = [
@@ -140,7 +149,7 @@ class CaptureReport:
             f"{self.n_steps} steps, {self.n_dropped_steps} dropped, {self.n_abandoned_steps} abandoned; the model "
             f"waited {self.stall_s:.3f} s for the ring, whose peak was {self.peak_fill:.0%}",
         ]
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *self._missed(), *self.notes])
 
 
 def estimate(

@@ -278,6 +278,7 @@ def _account(tap: Tap, written: Mapping[str, int]) -> SiteAccount:
         expected=tap.expected,
         written=written.get(tap.point.site, 0),
         dropped=tap.dropped,
+        n_missed=tap.n_missed,
     )
 
 
@@ -288,6 +289,14 @@ def _notes(engine: Engine) -> list[str]:
         notes.append(
             f"values on {', '.join(elsewhere)} came to host memory by plain copies, one a site and pass, for which the "
             "device waits"
+        )
+    points = [
+        tap.point for tap in engine.hooks.taps if tap.layout is not None and tap.layout.ndim is not None
+    ]
+    if own := [point.site for point in points if point.site not in (point.module_path, point.hook_point)]:
+        notes.append(
+            f"{len(own)} site(s) such as {own[0]!r} number their own rows, as the model is given no tokens under a "
+            "name that is known (input_ids, ...): which token a row belongs to is not stored"
         )
     if engine.tokenizer is not None and engine.tokenizer.note is not None:
         notes.append(engine.tokenizer.note)
