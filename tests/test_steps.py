@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_model, tiny_tokenizer
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import strapfmt
 from strapfmt.errors import CaptureError
@@ -299,3 +300,24 @@ def test_masks_made_by_hand_say_what_is_padding(tmp_path: Path, lowest: float) -
     path = captured(tmp_path, tiny_model("llama"), "embed", {"input_ids": IDS, "attention_mask": mask})
     rows = Reader(path).tokens.to_arrow(["batch_index", "token_id"]).to_pylist()
     assert [row["token_id"] for row in rows if row["batch_index"] == 1] == [9, 10, 11, 12]
+
+
+def test_values_that_are_not_there_are_refused_by_name(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+
+    def total(scale: torch.Tensor) -> torch.Tensor:
+        embeddings = model.get_input_embeddings()(IDS) * scale
+        return model(inputs_embeds=embeddings).logits.sum()
+
+    with (
+        pytest.raises(CaptureError, match=r"site 'blocks\.0\.resid_post'.*expected a plain dense tensor"),
+        torch.enable_grad(),
+        strapfmt.capture(model, tmp_path / "x.strap", sites="blocks.0.resid_post", quiet=True),
+    ):
+        torch.func.grad(total)(torch.tensor(1.0))
+    with (
+        pytest.raises(CaptureError, match="token ids: expected a plain tensor with values"),
+        strapfmt.capture(model, tmp_path / "y.strap", sites="embed", quiet=True),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        model(torch.ones(2, 3, dtype=torch.int64))

@@ -10,7 +10,7 @@ import torch.utils.checkpoint
 
 from strapfmt.errors import CompiledModelError
 
-__all__ = ["check_runs_eagerly", "is_repetition"]
+__all__ = ["check_runs_eagerly", "has_values", "is_repetition"]
 
 # What compiles the Python frames of this thread; asking must not import the compiler.
 _frame_compiler: Callable[[], object] = getattr(
@@ -41,3 +41,14 @@ def is_repetition() -> bool:
     while frame is not None and frame.f_code.co_filename != _CHECKPOINT_FILE:
         frame = frame.f_back  # type: ignore[assignment]
     return frame is not None
+
+
+def has_values(x: torch.Tensor) -> bool:
+    """Whether a tensor is plain, dense memory with values: not on "meta", sharded, traced or inside `torch.func`."""
+    return (
+        x.layout is torch.strided
+        and x.device.type != "meta"
+        and not hasattr(x, "full_tensor")
+        and not hasattr(x, "fake_device")
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )

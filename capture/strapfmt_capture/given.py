@@ -13,6 +13,7 @@ import torch
 from strapfmt.dtypes import dtype_of_torch
 from strapfmt.errors import ArgumentError
 from strapfmt_capture.arguments import as_integer
+from strapfmt_capture.eager import has_values
 from strapfmt_capture.statistics import RowStatistics
 
 __all__ = ["GivenRows", "Tensor"]
@@ -109,11 +110,7 @@ def _no_tensor(site: str, found: object) -> ArgumentError:
 def _tensor(site: str, values: Tensor) -> torch.Tensor:
     """Return a contiguous tensor in host memory."""
     if isinstance(values, torch.Tensor):
-        if (
-            values.layout is not torch.strided
-            or values.device.type == "meta"
-            or hasattr(values, "full_tensor")
-        ):
+        if not has_values(values):
             raise ArgumentError(
                 f"site {site!r}: expected a plain dense tensor with values, got a {type(values).__name__} "
                 f"({values.layout}, on {values.device})"

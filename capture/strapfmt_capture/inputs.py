@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from strapfmt.errors import CaptureError
+from strapfmt_capture.eager import has_values
 from strapfmt_capture.histories import cache_length
 
 __all__ = ["Inputs", "named_arguments", "read_inputs"]
@@ -221,6 +222,11 @@ def named_arguments(
 
 def _int64(token_ids: torch.Tensor) -> NDArray[np.int64]:
     """Token ids on the host, if they fit the int32 in which they are stored."""
+    if not has_values(token_ids):
+        raise CaptureError(
+            f"token ids: expected a plain tensor with values, got a {type(token_ids).__name__} on {token_ids.device}; "
+            "run the model outside of torch.func transforms and fake tensors"
+        )
     ids: NDArray[np.int64] = token_ids.cpu().numpy().astype(np.int64, copy=False)
     limits = np.iinfo(np.int32)
     if ids.size and (ids.min() < limits.min or ids.max() > limits.max):

@@ -23,6 +23,7 @@ import torch
 from strapfmt.dtypes import dtype_of_torch
 from strapfmt.errors import ArgumentError, CaptureError
 from strapfmt.schema import SiteSpec
+from strapfmt_capture.eager import has_values
 from strapfmt_capture.hookpoints import HookPoint
 from strapfmt_capture.rows import Step
 
@@ -201,7 +202,7 @@ def declare(
     CaptureError
         If the tensor is of a kind that cannot be stored, or is not what `known` says.
     """
-    if x.layout is not torch.strided or x.device.type == "meta" or hasattr(x, "full_tensor"):
+    if not has_values(x):
         raise CaptureError(
             f"site {point.site!r} at {point.hook_point}: expected a plain dense tensor with values, found "
             f"a {type(x).__name__} ({x.layout}, on {x.device}); leave this site out"
