@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +30,9 @@ from strapfmt.errors import (
 )
 from strapfmt.manifest import COUNTERS, Manifest, SiteEntry, TableEntry, file_slug
 from strapfmt.mapped import read_file
+from strapfmt.paths import absolute_path
 from strapfmt.report import RepairReport, SiteRepair
-from strapfmt.salvage import Stream, open_streams
+from strapfmt.salvage import LINK, Stream, lost_files, open_streams, reading
 from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, read_site, site_schema
 from strapfmt.unfinished import UnfinishedSteps
 from strapfmt.writer import DatasetWriter
@@ -59,7 +60,9 @@ _TABLE_KEYS = {
 }
 
 
-def repair(path: str | Path, out: str | Path) -> RepairReport:
+def repair(
+    path: str | Path, out: str | Path, *, progress: Callable[[int, int], None] | None = None
+) -> RepairReport:
     """Rescue a dataset into a new one at `out`.
 
     Row ids, sites, tables and provenance are kept. A step that a crash cut, of which only tokens are
@@ -70,7 +73,9 @@ def repair(path: str | Path, out: str | Path) -> RepairReport:
     path : path
         The damaged or unfinished dataset; it is only read.
     out : path
-        A new dataset.
+        A new dataset, outside `path`.
+    progress : callable, optional
+        Called with the bytes of data files read so far and in all.
 
     Returns
     -------
@@ -82,27 +87,40 @@ def repair(path: str | Path, out: str | Path) -> RepairReport:
         If there is nothing to rescue at `path`.
     DatasetExistsError
         If `out` exists.
+    ArgumentError
+        If `out` lies inside `path`.
     WriteError
         If the new dataset cannot be written, as on a full disk. Nothing of it is left then.
     """
-    path, out = Path(path), Path(out)
-    ranks = sorted(
-        int(entry.name[5:]) for entry in path.glob("rank-*") if entry.is_dir() and entry.name[5:].isdigit()
-    )
-    if not ranks:
-        raise DatasetNotFoundError(f"{path}: no rank-NNNNN directory to rescue anything from")
-    sites: list[SiteRepair] = []
-    tables: list[SiteRepair] = []
-    notes: list[str] = []
+    path, out = absolute_path(path), absolute_path(out)
+    ranks = _ranks(path)
+    if path.resolve() in out.resolve().parents:
+        raise ArgumentError(f"{out}: lies inside {path}, which is only read; choose a place outside of it")
+    read = reading(path, progress)
     sole = None if ranks == [0] else ranks
     with _whole_or_gone(out):
-        for rank in ranks:
-            rescue = _Rescue(path / spec.RANK_DIRECTORY.format(rank=rank), rank, notes)
-            with DatasetWriter(out, rank=rank if sole else None, provenance=rescue.provenance()) as writer:
+        rescues = [_Rescue(path / spec.RANK_DIRECTORY.format(rank=rank), rank, read) for rank in ranks]
+        for rescue in rescues:
+            rank = rescue.rank if sole else None
+            with DatasetWriter(out, rank=rank, provenance=rescue.provenance()) as writer:
                 rescue.run(writer)
-            sites += rescue.sites
-            tables += rescue.tables
-    return RepairReport(path=path, out=out, sites=tuple(sites), tables=tuple(tables), notes=tuple(notes))
+    return RepairReport(
+        path=path,
+        out=out,
+        sites=tuple(site for rescue in rescues for site in rescue.sites),
+        tables=tuple(table for rescue in rescues for table in rescue.tables),
+        problems=tuple(problem for rescue in rescues for problem in rescue.problems),
+        notes=tuple(note for rescue in rescues for note in rescue.notes),
+    )
+
+
+def _ranks(path: Path) -> list[int]:
+    if not path.is_dir():
+        raise DatasetNotFoundError(f"{path}: no such directory; expected a dataset NAME{spec.DATASET_SUFFIX}")
+    numbers = [entry.name[5:] for entry in path.glob("rank-*") if entry.is_dir()]
+    if not any(number.isdigit() for number in numbers):
+        raise DatasetNotFoundError(f"{path}: no rank-NNNNN directory to rescue anything from")
+    return sorted(int(number) for number in numbers if number.isdigit())
 
 
 @contextmanager
@@ -134,10 +152,12 @@ def _whole_or_gone(out: Path) -> Iterator[None]:
 class _Rescue:
     """The rescue of one rank."""
 
-    def __init__(self, root: Path, rank: int, notes: list[str]) -> None:
-        self.root, self.rank, self.notes = root, rank, notes
+    def __init__(self, root: Path, rank: int, read: Callable[[int], None]) -> None:
+        self.root, self.rank, self._read = root, rank, read
         self.sites: list[SiteRepair] = []
         self.tables: list[SiteRepair] = []
+        self.problems: list[str] = []
+        self.notes: list[str] = []
         self.manifest = self._read_manifest()
         self._unreadable: dict[str, str] = {}
         self._unfinished = UnfinishedSteps()
@@ -167,9 +187,17 @@ class _Rescue:
         try:
             data = read_file(self.root, spec.MANIFEST_NAME, spec.MAX_MANIFEST_BYTES)
             return Manifest.decode(data, str(self.root / spec.MANIFEST_NAME))
-        except (FormatError, FileNotFoundError) as error:
-            self.notes.append(f"{self.root}: no usable manifest, the shards speak for themselves: {error}")
-            return None
+        except FormatError as error:
+            why = str(error)
+        except FileNotFoundError:
+            if next(self.root.glob("*/*"), None) is None:
+                self.notes.append(f"{self.root}: nothing was ever committed here")
+                return None
+            why = f"{self.root / spec.MANIFEST_NAME}: the file is gone"
+        self.problems.append(
+            f"{why}; nothing says what was committed, so the other files speak for themselves"
+        )
+        return None
 
     @property
     def _counters(self) -> dict[str, int]:
@@ -184,8 +212,10 @@ class _Rescue:
 
     def _directories(self, kind: str) -> list[str]:
         parent = self.root / kind
+        if parent.is_symlink():
+            self.problems.append(f"{parent}: {LINK}")
         entries = list(parent.iterdir()) if parent.is_dir() and not parent.is_symlink() else []
-        return [f"{kind}/{entry.name}" for entry in entries if entry.is_dir() and not entry.is_symlink()]
+        return [f"{kind}/{entry.name}" for entry in entries if entry.is_dir()]
 
     def _directory(
         self,
@@ -194,7 +224,7 @@ class _Rescue:
         writer: DatasetWriter,
         found: list[SiteRepair],
     ) -> None:
-        """Copy one site or table: what the manifest lists in any case, another if there are files of it."""
+        """Copy one site or table: what the manifest lists in any case, another if there is anything of it."""
         streams = list(open_streams(self.root, directory, self._unreadable))
         kind, _, name = directory.rpartition("/")
         site = None
@@ -205,11 +235,15 @@ class _Rescue:
             if streams:
                 self.notes.append(f"{self.root / directory}: neither a site nor a known table; left out")
             return
-        if not entry and not streams:
+        if self.manifest:
+            problems = list(self._missing(entry, streams))
+        else:
+            problems = list(lost_files(self.root, directory, streams, self._unreadable))
+        if not entry and not streams and not problems:
             return
-        account = SiteRepair(name=name, rank=self.rank, n_committed=entry.n_rows if entry else 0)
+        n_committed = (entry.n_rows if entry else 0) if self.manifest else None
+        account = SiteRepair(name=name, rank=self.rank, n_committed=n_committed, problems=problems)
         found.append(account)
-        account.problems += self._missing(entry, streams)
         try:
             target = _Target(writer, name, site, account, kind == spec.TABLES_DIRECTORY)
         except ArgumentError as error:
@@ -224,6 +258,7 @@ class _Rescue:
             refusal = target.refusal(stream)
             if refusal:
                 target.account.problems.append(f"{self.root / stream.file}: {refusal}")
+                self._read(len(stream.memory))
             else:
                 sound.append(stream)
         for stream, limit in self._limited(sound, target.key):
@@ -231,6 +266,7 @@ class _Rescue:
                 kept = target.add(batch, limit, f"{self.root / stream.file}")
                 if kept is not None and target.site is None and target.name == "tokens":
                     self._unfinished.see(kept, target.account)
+            self._read(len(stream.memory))
         if target.site is None and target.name == "steps":
             self._unfinished.last_step = target.last
         elif target.site is not None and target.site.row_space == "tokens" and target.account.n_rescued:
@@ -272,7 +308,7 @@ class _Rescue:
         if not self._unfinished.n_tokens:
             return
         steps = [account for account in self.tables if account.name == "steps"]
-        is_sound = not any(account.problems or account.n_rescued < account.n_committed for account in steps)
+        is_sound = all(account.is_complete for account in steps)
         rows = self._unfinished.rows() if is_sound else None
         if rows:
             writer.write_table("steps", rows)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from strapfmt.text import shown_path, table_of
+from strapfmt.text import shown_path, table_of, with_shown_paths
 
 __all__ = [
     "RankReport",
@@ -129,8 +129,8 @@ class Report:
     def __str__(self) -> str:
         n_bytes = sum(site.n_bytes for site in self.sites)
         lines = [
-            f"{shown_path(self.path)}: {self.n_tokens} tokens in {self.n_sequences} sequences and {self.n_steps} "
-            f"steps, {len(self.sites)} sites, {size_text(n_bytes)}"
+            f"{shown_path(self.path)}: {self.n_tokens:,} tokens in {self.n_sequences:,} sequences and "
+            f"{self.n_steps:,} steps, {len(self.sites):,} sites, {size_text(n_bytes)}"
         ]
         lines += [_rank_line(rank) for rank in self.ranks]
         lines += [f"rank {rank}: nothing committed yet" for rank in self.uncommitted_ranks]
@@ -139,9 +139,9 @@ class Report:
                 site.name,
                 shape_text(site.shape),
                 site.dtype,
-                str(site.n_rows),
-                str(site.expected),
-                str(site.dropped),
+                f"{site.n_rows:,}",
+                f"{site.expected:,}",
+                f"{site.dropped:,}",
                 size_text(site.n_bytes),
             )
             for site in self.sites
@@ -166,9 +166,9 @@ class VerifyReport:
     notes : tuple of str
         What is no damage but worth knowing: a writer that did not close, files that no manifest names.
     n_bytes : int
-        Bytes checked.
+        Bytes that were compared with their checksums; those of files that could not be opened are left out.
     n_rows : int
-        Rows of sites checked.
+        Rows of sites that were read; those of record batches that could not be are left out.
     """
 
     path: Path
@@ -196,9 +196,9 @@ class VerifyReport:
     def __str__(self) -> str:
         verdict = "valid" if self.valid else f"{len(self.problems)} problem(s)"
         place = shown_path(self.path)
-        lines = [f"{place}: {verdict}; {self.n_rows} rows, {size_text(self.n_bytes)} checked"]
-        lines += [f"  problem: {problem.replace(str(self.path), place)}" for problem in self.problems]
-        lines += [f"  note: {note}" for note in self.notes]
+        lines = [f"{place}: {verdict}; {self.n_rows:,} rows, {size_text(self.n_bytes)} checked"]
+        lines += [f"  problem: {with_shown_paths(problem)}" for problem in self.problems]
+        lines += [f"  note: {with_shown_paths(note)}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -210,8 +210,8 @@ class SiteRepair:
     ----------
     name : str
     rank : int
-    n_committed : int
-        Rows that the manifest had committed, 0 where it is unreadable.
+    n_committed : int or None
+        Rows that the manifest had committed, None where no manifest could be used.
     n_rescued : int
         Rows in the new dataset.
     problems : list of str
@@ -220,26 +220,41 @@ class SiteRepair:
 
     name: str
     rank: int
-    n_committed: int = 0
+    n_committed: int | None = 0
     n_rescued: int = 0
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every row known to be committed was rescued, and no file was found wrong."""
+        return self.n_rescued >= (self.n_committed or 0) and not self.problems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepairReport:
-    """What `repair` did."""
+    """What `repair` did.
+
+    Attributes
+    ----------
+    path, out : Path
+    sites, tables : tuple of SiteRepair
+    problems : tuple of str
+        What is wrong with a whole rank, such as a manifest that cannot be used.
+    notes : tuple of str
+        What is no damage but worth knowing.
+    """
 
     path: Path
     out: Path
     sites: tuple[SiteRepair, ...]
     tables: tuple[SiteRepair, ...]
+    problems: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property
     def is_complete(self) -> bool:
         """Whether every committed row was rescued, and no file was found wrong."""
-        everything = (*self.sites, *self.tables)
-        return all(entry.n_rescued >= entry.n_committed and not entry.problems for entry in everything)
+        return not self.problems and all(entry.is_complete for entry in (*self.sites, *self.tables))
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON-ready values."""
@@ -258,25 +273,28 @@ class RepairReport:
             "out": str(self.out),
             "is_complete": self.is_complete,
             "entries": shown,
+            "problems": list(self.problems),
             "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
+        entries = (*self.tables, *self.sites)
         rows = [
             (
                 entry.name,
                 str(entry.rank),
-                str(entry.n_committed),
-                str(entry.n_rescued),
-                str(len(entry.problems)),
+                "?" if entry.n_committed is None else f"{entry.n_committed:,}",
+                f"{entry.n_rescued:,}",
+                f"{len(entry.problems):,}",
             )
-            for entry in (*self.tables, *self.sites)
+            for entry in entries
         ]
+        problems = [*self.problems, *(problem for entry in entries for problem in entry.problems)]
         lines = [
             f"{shown_path(self.path)} -> {shown_path(self.out)}",
             table_of(("name", "rank", "committed", "rescued", "problems"), rows),
-            *(f"  problem: {problem}" for entry in (*self.tables, *self.sites) for problem in entry.problems),
-            *(f"  note: {note}" for note in self.notes),
+            *(f"  problem: {with_shown_paths(problem)}" for problem in problems),
+            *(f"  note: {with_shown_paths(note)}" for note in self.notes),
         ]
         return "\n".join(lines)
 

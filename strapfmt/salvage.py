@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from strapfmt.errors import ArgumentError, FormatError
 from strapfmt.index import ShardIndex
 from strapfmt.mapped import map_file
 
-__all__ = ["Stream", "open_streams"]
+__all__ = ["LINK", "Stream", "lost_files", "open_streams", "reading"]
+
+LINK = "expected a plain directory, found a symbolic link; it was left out"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,10 +92,8 @@ class Stream:
         for path in sorted(
             (self.root / directory).glob(f"{self.number:06d}*{spec.INDEX_SUFFIX}"), reverse=True
         ):
-            try:
-                name = f"{directory}/{path.name}"
-                index = ShardIndex.decode(map_file(self.root, name, path.stat().st_size), str(path))
-            except (FormatError, OSError):
+            index = _read_index(self.root, f"{directory}/{path.name}")
+            if index is None:
                 continue
             batches = index.batches[:-1] if index.has_tail else index.batches
             return [int(offset) for offset in batches["offset"]]
@@ -125,6 +126,84 @@ def open_streams(root: Path, directory: str, unreadable: dict[str, str]) -> Iter
             yield _open(root, f"{directory}/{name}", number, is_tail=is_tail)
         except (ArgumentError, FormatError, pa.ArrowException, ValueError, OSError) as error:
             unreadable[f"{directory}/{name}"] = f"cannot be read: {error}"
+
+
+def lost_files(
+    root: Path, directory: str, streams: Iterable[Stream], unreadable: dict[str, str]
+) -> Iterator[str]:
+    """Yield a problem for all in a directory that is not as a writer leaves it.
+
+    For a rank without a usable manifest, which would say what has to be there.
+
+    Parameters
+    ----------
+    root : Path
+        The rank's directory.
+    directory : str
+        A site's or a table's, below `root`.
+    streams : iterable of Stream
+        Its files that can be read.
+    unreadable : dict
+        Files that cannot, and why; those of this directory are taken out.
+    """
+    place = root / directory
+    if place.is_symlink():
+        yield f"{place}: {LINK}"
+        return
+    damaged = [file for file in unreadable if file.startswith(f"{directory}/")]
+    there = {*damaged, *(stream.file for stream in streams)}
+    indexes = _newest_indexes(place)
+    if not there and not indexes:
+        yield f"{place}: no data file is in it; what was written there is gone"
+    yield from (f"{root / file}: {unreadable.pop(file)}" for file in damaged)
+    yield from filter(None, (_gone(root, f"{directory}/{name}", there) for name in indexes))
+
+
+def _gone(root: Path, file: str, there: set[str]) -> str:
+    """Say which file an index belongs to that is not among those there, or nothing."""
+    index, shard = _read_index(root, file), file[: file.rindex("/") + 7]
+    if shard + spec.DATA_SUFFIX in there:
+        return ""
+    if shard + spec.OPEN_SUFFIX not in there:
+        rows = f"{index.n_rows:,} rows" if index else "rows"
+        return f"{root / file}: it is the index of {rows} whose data file is gone"
+    tail = file.removesuffix(spec.INDEX_SUFFIX) + spec.TAIL_SUFFIX
+    if index and index.has_tail and tail not in there:
+        return f"{root / tail}: the file is gone; the last rows of a shard were in it"
+    return ""
+
+
+def _newest_indexes(place: Path) -> list[str]:
+    """Return the index of the last commit of each shard; one without a commit's number is that of a sealed shard."""
+    newest: dict[str, tuple[float, str]] = {}
+    for path in place.glob(f"[0-9]*{spec.INDEX_SUFFIX}"):
+        shard, commit = path.name[:6], _commit_number(path.name)
+        each = (math.inf if commit < 0 else commit, path.name)
+        newest[shard] = max(each, newest.get(shard, each))
+    return [name for _, name in sorted(newest.values(), key=lambda each: each[1])]
+
+
+def _read_index(root: Path, file: str) -> ShardIndex | None:
+    try:
+        return ShardIndex.decode(map_file(root, file, (root / file).stat().st_size), str(root / file))
+    except (FormatError, OSError):
+        return None
+
+
+def reading(path: Path, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
+    """Return what to tell how many bytes of a dataset's data files were read; it calls `progress` with the sums."""
+    if progress is None:
+        return lambda n_bytes: None
+    suffixes = (spec.DATA_SUFFIX, spec.OPEN_SUFFIX)
+    files = [file for file in path.glob("rank-*/*/*/[0-9]*") if file.name.endswith(suffixes)]
+    total, done = sum(file.lstat().st_size for file in files), 0
+
+    def read(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        progress(min(done, total), total)
+
+    return read
 
 
 def _open(root: Path, file: str, number: int, *, is_tail: bool) -> Stream:

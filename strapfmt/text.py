@@ -1,9 +1,10 @@
 """Owns how text from a model is shown to a person: never as raw control or direction characters."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["shown_path", "table_of", "visible"]
+__all__ = ["shown_path", "table_of", "visible", "with_shown_paths"]
 
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\"}
 
@@ -45,6 +46,15 @@ def shown_path(path: str | Path) -> str:
         return visible(str(Path(path).relative_to(Path.cwd())))
     except (ValueError, OSError):  # elsewhere, or the working directory is gone
         return visible(str(path))
+
+
+def with_shown_paths(message: str) -> str:
+    """Return a message with the paths below the working directory as seen from there."""
+    try:
+        here = str(Path.cwd())
+    except OSError:  # it is gone
+        return message
+    return re.sub(rf"(?<![\w./-]){re.escape(here)}/(?=[^\s/])", "", message)
 
 
 def _visible_character(character: str) -> str:

@@ -40,7 +40,7 @@ class UnfinishedSteps:
 
     def see(self, tokens: pa.RecordBatch, account: SiteRepair) -> None:
         """Take note of tokens just rescued; all sites and steps have been seen."""
-        n_beyond = min(account.n_rescued - account.n_committed, len(tokens))
+        n_beyond = min(account.n_rescued - (account.n_committed or 0), len(tokens))
         if n_beyond <= 0:
             return
         tokens = tokens.slice(len(tokens) - n_beyond).select(_COLUMNS)
@@ -87,8 +87,8 @@ class UnfinishedSteps:
         n_stepless = sum(map(len, self._without_step))
         parts = []
         if n_stepless:
-            added = f" ({n_added} added to it, status 'abandoned')" if n_added else ""
-            parts.append(f"{n_stepless} are of steps without a row in `steps`{added}")
+            added = f" ({n_added:,} added to it, status 'abandoned')" if n_added else ""
+            parts.append(f"{n_stepless:,} are of steps without a row in `steps`{added}")
         if self._n_without:
-            parts.append(f"{self._n_without} come after the last activation of {self._site!r}")
-        return f"{self.n_tokens} rescued token(s) lie beyond the last complete step: {'; '.join(parts)}"
+            parts.append(f"{self._n_without:,} come after the last activation of {self._site!r}")
+        return f"{self.n_tokens:,} rescued token(s) lie beyond the last complete step: {'; '.join(parts)}"

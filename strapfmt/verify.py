@@ -6,6 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from strapfmt import spec
@@ -15,10 +16,12 @@ from strapfmt.paths import absolute_path
 from strapfmt.reader import Reader
 from strapfmt.report import VerifyReport
 from strapfmt.shard_reader import ShardReader
-from strapfmt.text import shown_path
+from strapfmt.text import visible
 
 __all__ = ["verify"]
 
+#: What errors advise to those who met them while reading, which is what is done here.
+_ADVICE = "; `strapfmt verify` lists all damage"
 _OURS = re.compile(r"\d{6}(\.c\d+)?(\.arrow|\.arrow\.open|\.tail\.arrow|\.idx)(\.tmp)?|manifest\.json\.tmp")
 
 
@@ -43,33 +46,55 @@ def verify(path: str | Path, *, progress: Callable[[int, int], None] | None = No
         return VerifyReport(path=path, problems=tuple(error.problems), notes=(), n_bytes=0, n_rows=0)
     with reader:
         shards = list(reader.shards())
-        total = sum(part.n_bytes for shard in shards for part in shard.shard.parts)
-        problems, done, n_rows = [], 0, 0
+        total = sum(map(_n_bytes, shards))
+        problems, done, checked = [], 0, _Checked()
         for shard in shards:
-            for number, problem in enumerate(_check(shard)):
-                problems.append(problem)
+            for number, problem in enumerate(_check(shard, checked)):
+                problems.append(problem.removesuffix(_ADVICE))
                 if number >= 20:
                     problems.append(f"{shard.place}: more problems are not listed")
                     break
-            done += sum(part.n_bytes for part in shard.shard.parts)
-            n_rows += shard.shard.n_rows if shard.shard.first_row is not None else 0
+            done += _n_bytes(shard)
             if progress is not None:
                 progress(done, total)
         problems += [f"{site.name!r}: {site.problem}" for site in reader.sites.values() if site.problem]
         notes = [*_states(reader), *_strays(reader)]
-    return VerifyReport(path=path, problems=tuple(problems), notes=tuple(notes), n_bytes=done, n_rows=n_rows)
+    return VerifyReport(
+        path=path,
+        problems=tuple(problems),
+        notes=tuple(notes),
+        n_bytes=checked.n_bytes,
+        n_rows=checked.n_rows,
+    )
 
 
-def _check(shard: ShardReader) -> Iterator[str]:
-    """Yield every problem of a shard."""
+@dataclass(slots=True)
+class _Checked:
+    """How much was looked at, damaged or not: bytes compared with checksums, and rows of sites that were read."""
+
+    n_bytes: int = 0
+    n_rows: int = 0
+
+
+def _n_bytes(shard: ShardReader) -> int:
+    """Return the bytes of a shard's files that this version knows, as the manifest counts them."""
+    return sum(part.n_bytes for part in shard.shard.parts if part.role in ROLES)
+
+
+def _check(shard: ShardReader, checked: _Checked) -> Iterator[str]:
+    """Yield every problem of a shard; count what was checked."""
     try:
         shard.pin()
     except StrapfmtError as error:
         yield str(error)
         return
     yield from _lengths(shard)
+    batches = shard.index.batches
+    n_batch_bytes = batches["header_bytes"].astype(int) + batches["body_bytes"].astype(int)
+    checked.n_bytes += _n_bytes(shard) - int(n_batch_bytes.sum())
     last_row = -1
     for number in range(shard.n_batches):
+        checked.n_bytes += int(n_batch_bytes[number])
         try:
             batch = shard.batch(number, verify=True)
         except StrapfmtError as error:
@@ -77,8 +102,9 @@ def _check(shard: ShardReader) -> Iterator[str]:
             continue
         if shard.shard.first_row is None:
             continue
+        checked.n_rows += batch.num_rows
         rows = batch.column("row").to_numpy()
-        start = int(shard.index.batches["first_ordinal"][number])
+        start = int(batches["first_ordinal"][number])
         if not (rows == shard.rows_between(start, start + len(rows))).all():
             yield f"{shard.place_of(number)}: the column `row` is not what the index says"
         if len(rows) and (rows[0] <= last_row or (rows[1:] <= rows[:-1]).any()):
@@ -116,10 +142,10 @@ def _strays(reader: Reader) -> Iterator[str]:
         left = [full for full in strays if _OURS.fullmatch(full.name) and stat.S_ISREG(full.lstat().st_mode)]
         if left:
             yield (
-                f"rank {rank}: {len(left)} file(s) of earlier or unfinished commits, such as {shown_path(left[0])}; "
-                "readers ignore them"
+                f"rank {rank}: {len(left):,} file(s) of earlier or unfinished commits, such as "
+                f"{visible(str(left[0]))}; readers ignore them"
             )
         for full in strays:
             if full not in left:
                 kind = "file" if stat.S_ISREG(full.lstat().st_mode) else "special file"
-                yield f"{shown_path(full)}: a {kind} that no manifest names; readers ignore it"
+                yield f"{visible(str(full))}: a {kind} that no manifest names; readers ignore it"

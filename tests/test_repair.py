@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_datasets import Contents, Model, Script, contents_of, make_dataset
 
-from strapfmt.errors import DatasetExistsError, DatasetNotFoundError, StrapfmtError
+from strapfmt.errors import ArgumentError, DatasetExistsError, DatasetNotFoundError, StrapfmtError
 from strapfmt.reader import Reader
 from strapfmt.repair import repair
 from strapfmt.schema import SiteSpec
@@ -86,7 +86,12 @@ def test_without_its_manifest_the_shards_speak_for_themselves(
     else:
         manifest.write_bytes(b"" if how == "empty" else manifest.read_bytes()[:-7])
     report = repair(path, out)
-    assert any("manifest" in note for note in report.notes)
+    (problem,) = report.problems
+    assert str(manifest) in problem
+    assert not report.is_complete, "nobody knows what was committed"
+    assert {entry.n_committed for entry in (*report.sites, *report.tables)} == {None}
+    assert problem in report.to_dict()["problems"]
+    assert problem in str(report)
     with Reader(out, verify="always") as reader:
         found, expected = contents_of(reader), script.contents(6)
         assert {name: columns for name, columns in found.items() if columns != {"rows": b"[]"}} == {
@@ -217,6 +222,25 @@ def test_an_existing_target_is_never_touched(path: Path, out: Path) -> None:
         repair(path.with_name("none.strap"), out.with_name("new.strap"))
     with pytest.raises(StrapfmtError):
         repair(path, out.with_suffix(".zarr"))
+
+
+def test_a_target_inside_the_source_is_refused(path: Path, tmp_path: Path) -> None:
+    make_dataset(path)
+    before = sorted(path.rglob("*"))
+    (tmp_path / "link").symlink_to(path)
+    for target in (path / "x.strap", path / "rank-00000" / "x.strap", tmp_path / "link" / "x.strap"):
+        with pytest.raises(ArgumentError, match="lies inside"):
+            repair(path, target)
+    assert sorted(path.rglob("*")) == before
+
+
+def test_progress_ends_at_the_whole(path: Path, out: Path) -> None:
+    make_dataset(path, unclean=True)
+    seen: list[tuple[int, int]] = []
+    repair(path, out, progress=lambda done, total: seen.append((done, total)))
+    n_bytes = sum(file.stat().st_size for file in path.rglob("*.arrow*"))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (n_bytes, n_bytes)
 
 
 def test_ranks_stay_ranks(path: Path, out: Path) -> None:

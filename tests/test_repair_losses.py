@@ -156,8 +156,77 @@ def test_without_a_manifest_the_files_speak_for_themselves(path: Path, out: Path
     script = make_dataset(path)
     (path / "rank-00000" / spec.MANIFEST_NAME).unlink()
     report = repair(path, out)
-    assert report.is_complete
     assert contents(out) == script.contents(6)
+    (problem,) = report.problems
+    assert "manifest.json: the file is gone" in problem
+    assert not report.is_complete
+
+
+def test_a_rank_in_which_nothing_was_ever_committed_is_no_loss(path: Path, out: Path) -> None:
+    make_dataset(path)
+    (path / "rank-00003" / "sites").mkdir(parents=True)
+    report = repair(path, out)
+    assert report.is_complete
+    assert [note.rpartition(": ")[2] for note in report.notes] == ["nothing was ever committed here"]
+
+
+def damage_manifest(path: Path) -> None:
+    file = path / "rank-00000" / spec.MANIFEST_NAME
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def empty(directory: Path) -> None:
+    for file in directory.iterdir():
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (remove_data, "data file is gone"),
+        (empty, "no data file is in it"),
+        (cut_to_nothing, "cannot be read"),
+        (replace_by_link, "symbolic link"),
+    ],
+)
+@pytest.mark.parametrize("name", [TOKENS_SITE.name, OWN_SITE.name, "tokens"])
+def test_without_a_manifest_what_is_left_of_a_site_or_table_says_that_it_was_lost(
+    path: Path, out: Path, name: str, damage: Callable[[Path], None], said: str
+) -> None:
+    script = make_dataset(path)
+    damage_manifest(path)
+    place = directory_of(path, name)
+    damage(place)
+    report = repair(path, out)
+    (account,) = (e for e in (*report.sites, *report.tables) if e.name in (name, place.name))
+    assert account.n_rescued == 0
+    assert account.problems
+    assert all(said in problem and str(place) in problem for problem in account.problems)
+    found, expected = contents(out), script.contents(6)
+    for kind, columns in expected.items():
+        if not kind.endswith(name):
+            assert found[kind] == columns
+
+
+@pytest.mark.parametrize("kind", ["sites", "tables"])
+def test_a_folder_of_sites_that_is_a_link_is_a_problem(path: Path, out: Path, kind: str) -> None:
+    make_dataset(path)
+    damage_manifest(path)
+    place = path / "rank-00000" / kind
+    place.rename(path.parent / "elsewhere")
+    place.symlink_to(path.parent / "elsewhere")
+    assert any("symbolic link" in problem for problem in repair(path, out).problems)
+
+
+def test_without_a_manifest_a_missing_tail_is_a_problem(path: Path, out: Path) -> None:
+    make_dataset(path, unclean=True, batch_bytes=1 << 20)
+    damage_manifest(path)
+    for tail in directory_of(path, TOKENS_SITE.name).glob(f"*{spec.TAIL_SUFFIX}"):
+        tail.unlink()
+    report = repair(path, out)
+    problems = [problem for entry in report.sites for problem in entry.problems]
+    assert len(problems) == 1
+    assert f"{spec.TAIL_SUFFIX}: the file is gone" in problems[0]
 
 
 # Numbers stay.

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strapfmt.text import shown_path, visible
+from strapfmt.text import shown_path, visible, with_shown_paths
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,15 @@ def test_a_path_is_shown_from_the_working_directory(tmp_path: Path, monkeypatch:
     assert shown_path(path) == f"{tmp_path}/sub/a\\x1b.strap"
     (tmp_path / "sub" / "gone").rmdir()
     assert shown_path(path) == f"{tmp_path}/sub/a\\x1b.strap"
+
+
+def test_paths_in_a_message_are_shown_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = (
+        f"{tmp_path}/a.strap: gone, '{tmp_path}/b' too; not /else{tmp_path}/c, {tmp_path}x/d or {tmp_path}"
+    )
+    assert with_shown_paths(message) == (
+        f"a.strap: gone, 'b' too; not /else{tmp_path}/c, {tmp_path}x/d or {tmp_path}"
+    )

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from forge import Forger
 from small_datasets import Script, make_dataset
 
 from strapfmt.errors import DatasetNotFoundError
+from strapfmt.reader import Reader
 from strapfmt.verify import verify
 
 
@@ -72,6 +74,56 @@ def test_the_damaged_file_is_named(path: Path, damage: Callable[[Path], None], u
         assert any(name in problem and file.parent.name in problem for problem in problems), (file, problems)
         file.write_bytes(whole)
         assert verify(path).problems == ()
+
+
+@pytest.mark.parametrize("damage", [lose, cut])
+def test_only_what_was_checked_is_counted(path: Path, damage: Callable[[Path], None]) -> None:
+    make_dataset(path)
+    whole = verify(path)
+    file = path / "rank-00000" / "sites" / "logits" / "000000.arrow"
+    n_bytes = sum(part.stat().st_size for part in file.parent.glob("000000.*"))
+    with Reader(path) as reader:
+        lost = next(shard.shard for shard in reader.shards() if shard.place == str(file))
+    damage(file)
+    report = verify(path)
+    assert (whole.n_rows - report.n_rows, whole.n_bytes - report.n_bytes) == (lost.n_rows, n_bytes)
+
+
+def test_rows_of_a_damaged_record_batch_are_not_counted(path: Path) -> None:
+    make_dataset(path)
+    whole = verify(path)
+    with Reader(path) as reader:
+        site = reader["logits"]
+        body = site[0].contiguous().view(torch.uint8).numpy().tobytes()
+        n_rows = int(site.batch_ordinals[1])
+    file = path / "rank-00000" / "sites" / "logits" / "000000.arrow"
+    data = bytearray(file.read_bytes())
+    data[data.index(body)] ^= 1
+    file.write_bytes(data)
+    report = verify(path)
+    assert len(report.problems) == 1
+    assert (whole.n_bytes - report.n_bytes, whole.n_rows - report.n_rows) == (0, n_rows)
+
+
+def test_a_problem_does_not_advise_what_is_being_done(path: Path) -> None:
+    make_dataset(path)
+    flip(path / "rank-00000" / "sites" / "logits" / "000000.arrow")
+    assert "strapfmt verify" not in str(verify(path))
+
+
+def test_a_report_has_absolute_paths_and_shows_those_from_here(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_dataset(path, unclean=True)
+    (path / "rank-00000" / "stray.bin").touch()
+    lose(next(path.rglob("sites/logits/*.arrow.open")))
+    monkeypatch.chdir(path.parent)
+    report = verify(path.name)
+    assert report.to_dict()["path"] == str(path)
+    for said in (*report.problems, next(note for note in report.notes if "stray" in note)):
+        assert said.startswith(f"{path}/")
+    assert str(path) not in str(report)
+    assert "a.strap/rank-00000/stray.bin" in str(report)
 
 
 def test_all_damage_is_listed_not_only_the_first(path: Path) -> None:
