@@ -1,13 +1,18 @@
 """Every command: what it prints for people and programs, its exit codes, and that the documentation names it all."""
 
 import csv
+import fcntl
 import io
 import json
+import logging
+import os
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +23,7 @@ import pytest
 import torch
 
 import strapfmt
-from strapfmt.cli import app, main, models
+from strapfmt.cli import app, demo, main, models
 from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
 
@@ -110,6 +115,27 @@ def write_dataset(path: Path) -> Path:
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "made.strap")
+
+
+def on_terminal(*arguments: object, width: int, cwd: Path | None = None) -> str:
+    """Run a command on a terminal that is so wide; return what it shows, without styles."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    program = [sys.executable, "-m", "strapfmt.cli", *map(str, arguments)]
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    with subprocess.Popen(
+        program, stdin=theirs, stdout=theirs, stderr=theirs, cwd=cwd, env={**environment, "TERM": "xterm"}
+    ):
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                part = os.read(ours, 1 << 16)
+            except OSError:  # the other end is closed
+                break
+            shown += part
+    os.close(ours)
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode()).replace("\r\n", "\n")
 
 
 # Documentation.
@@ -295,6 +321,114 @@ def test_tables_never_send_control_or_direction_characters(run: Run, dataset: Pa
         assert "[red]b" in shown, "text is not markup"
 
 
+def test_a_table_in_a_pipe_folds_and_cuts_no_name(run: Run, dataset: Path) -> None:
+    names = [f"a_column_with_a_rather_long_name_{number}" for number in range(9)]
+    columns = ", ".join(f"{number}1234567890 AS {name}" for number, name in enumerate(names))
+    head, row = run("sql", dataset, f"SELECT {columns}").out.splitlines()
+    assert head.split() == names
+    assert row.split() == [f"{number or ''}1234567890" for number in range(9)]
+
+
+@pytest.mark.parametrize("command", [["info"], ["head"], ["head", SITE], ["stats"]])
+def test_a_narrow_terminal_leaves_out_columns_and_says_which(dataset: Path, command: list[str]) -> None:
+    name, *site = command
+    wide, narrow = (on_terminal(name, dataset, *site, width=width) for width in (200, 50))
+    assert "no room for" not in wide
+    flat = " ".join(narrow.split())
+    (left_out,) = re.findall("no room for: (.*?); a wider terminal or --json shows all", flat)
+    (heads,) = (re.split("  +", line) for line in wide.splitlines() if line.startswith(("site ", "row ")))
+    table = re.split(r"^(?=site |row )", narrow.partition("no room for")[0], flags=re.MULTILINE)[
+        1
+    ].splitlines()
+    shown = re.split("  +", table[0])
+    assert [head for head in heads if head in shown] == shown
+    assert sorted([*shown, *left_out.split(", ")]) == sorted(heads)
+    assert all(len(line) <= 50 for line in table)
+
+
+def test_sql_tells_null_from_text(run: Run, dataset: Path) -> None:
+    shown = run("sql", dataset, "SELECT NULL AS a, '-' AS b, [NULL, 1] AS c").out
+    assert shown.splitlines()[1].split() == ["NULL", "-", "[NULL,", "1]"]
+
+
+def test_sql_shows_a_plan_as_it_is_drawn(run: Run, dataset: Path) -> None:
+    shown = run("sql", dataset, "EXPLAIN SELECT * FROM tokens").out
+    assert "explain_key" not in shown
+    assert "\\n" not in shown
+    assert len(shown.splitlines()) > 3
+
+
+@pytest.mark.parametrize(
+    ("n", "said"), [(0, "0 rows"), (1, "1 row"), (6, "6 rows"), (1234, "100 of 1,234 rows shown")]
+)
+def test_sql_says_on_stderr_how_many_rows_there_are(run: Run, dataset: Path, n: int, said: str) -> None:
+    outcome = run("sql", dataset, f"SELECT a.x FROM range({n}) a(x)")
+    assert len(outcome.out.splitlines()) == 1 + min(n, 100)
+    assert outcome.err.startswith(said)
+    assert run("sql", dataset, f"SELECT a.x FROM range({n}) a(x)", "--json").err == ""
+
+
+def test_head_of_nothing_says_so(run: Run, tmp_path: Path) -> None:
+    DatasetWriter(tmp_path / "empty.strap").close()
+    outcome = run("head", tmp_path / "empty.strap")
+    assert (outcome.out, outcome.err) == ("", "0 rows\n")
+
+
+def test_json_and_csv_write_times_and_infinities_alike(run: Run, dataset: Path) -> None:
+    query = (
+        "SELECT TIMESTAMPTZ '2026-01-02 03:04:05+00' AS at, TIMESTAMP '2026-01-02 03:04:05' AS here, "
+        "DATE '2026-01-02' AS day, 'inf'::FLOAT AS inf, '-inf'::DOUBLE AS down, 'nan'::FLOAT AS nan"
+    )
+    (row,) = run("sql", dataset, query, "--json").json
+    ((*cells,),) = list(csv.reader(io.StringIO(run("sql", dataset, query, "--format", "csv").out)))[1:]
+    assert list(row.values()) == cells
+    assert re.fullmatch(r"2026-01-0\dT\d\d:04:05[+-]\d\d:\d\d", row["at"])
+    assert cells[1:] == ["2026-01-02T03:04:05", "2026-01-02", "Infinity", "-Infinity", "NaN"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        ("int64", [2**53 + 1, -(2**63)]),
+        ("uint8", [0, 255]),
+        ("bool", [True, False]),
+    ],
+)
+def test_head_keeps_whole_numbers_exact(run: Run, tmp_path: Path, dtype: str, values: list[int]) -> None:
+    with strapfmt.create(tmp_path / "whole.strap", stats=False) as recorder:
+        recorder.write("ids", torch.tensor([values], dtype=getattr(torch, dtype)), tokens={"token_ids": [1]})
+    (row,) = run("head", tmp_path / "whole.strap", "ids", "--json").json
+    assert row["activation"] == values
+    assert [type(value) for value in row["activation"]] == [type(value) for value in values]
+
+
+def test_info_tells_when_first_and_leaves_out_what_is_not_known(run: Run, tmp_path: Path) -> None:
+    facts = {"outcome": {"fill": 0.0023107528686523438, "rank": None}, "options": {"ring_bytes": 1 << 28}}
+    DatasetWriter(tmp_path / "a.strap", provenance={**facts, "nothing": None}).close()
+    DatasetWriter(tmp_path / "a.strap", mode="append").close()
+    lines = run("info", tmp_path / "a.strap").out.splitlines()
+    keys = [line.split(":")[0].strip() for line in lines if line.startswith("  ")]
+    assert keys == ["session 0", "started", "ended", "outcome", "options", "session 1", "started", "ended"]
+    assert "  outcome: fill 0.00231" in lines
+    assert "  options: ring_bytes 256.0 MiB" in lines
+
+
+def test_info_cuts_no_line_in_a_pipe_and_wraps_at_words_on_a_terminal(run: Run, tmp_path: Path) -> None:
+    words = " ".join(f"word{number}" for number in range(60))
+    DatasetWriter(tmp_path / "a.strap", provenance={"note": words}).close()
+    assert f"  note: {words}" in run("info", tmp_path / "a.strap").out.splitlines()
+    shown = on_terminal("info", tmp_path / "a.strap", width=60)
+    assert words in " ".join(shown.split())
+    assert all(len(line) <= 60 for line in shown.splitlines() if "word" in line)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_arguments_and_values_as_the_documentation_does(run: Run, command: str) -> None:
+    shown = run(command, "--help").out
+    assert not re.search(r"[{}]|<\w|\[\[|range", shown.replace("{'prompt': ...}", ""))
+    assert re.search(r"DATASET|OUT|PATH", shown)
+
+
 # Checking.
 
 
@@ -323,6 +457,53 @@ def test_verify_finds_damage_and_exits_with_one(run: Run, dataset: Path) -> None
     assert outcome.json["valid"] is False
     assert any(shard.name in problem for problem in outcome.json["problems"])
     assert run("verify", dataset).code == 1
+
+
+def test_stats_read_no_tensor(run: Run, dataset: Path) -> None:
+    flip_last_byte_of_data(dataset)
+    outcome = run("stats", dataset, SITE, "--json")
+    assert outcome.code == 0
+    assert outcome.json[0]["l2_norm_max"] == 6
+
+
+def test_stats_show_the_other_sites_if_one_cannot_be_read(run: Run, dataset: Path) -> None:
+    lost = next(dataset.rglob(f"sites/{SITE}/*.arrow"))
+    lost.unlink()
+    outcome = run("stats", dataset)
+    assert outcome.code == 1
+    assert [line.split()[0] for line in outcome.out.splitlines()] == ["site", "ragged", "own"]
+    assert str(lost) in outcome.err
+    document = run("stats", dataset, "--json").json
+    assert [bool(row["problem"]) for row in document] == [True, False, False]
+
+
+def test_stats_name_what_was_done_over_rows(run: Run, dataset: Path) -> None:
+    outcome = run("stats", dataset)
+    head = re.split("  +", outcome.out.splitlines()[0])
+    assert head[2:] == [
+        *("l2_norm mean", "l2_norm min", "l2_norm max", "mean mean", "std mean", "abs_max max"),
+        "non-finite",
+    ]
+    assert "over rows" in outcome.err
+
+
+@pytest.mark.parametrize("command", ["verify", "repair"])
+def test_reports_have_absolute_paths_in_json_and_show_those_from_here(
+    run: Run, dataset: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(dataset.parent)
+    flip_last_byte_of_data(dataset)
+    out = [["a.strap"], ["b.strap"]] if command == "repair" else [[], []]
+    document = run(command, dataset.name, *out[0], "--json").json
+    assert document["path"] == str(dataset)
+    assert f"{dataset}/rank-00000/" in json.dumps(document)
+    shown = run(command, dataset.name, *out[1]).out
+    assert "problem: made.strap/rank-00000/" in shown
+    assert str(dataset.parent) not in shown
+
+
+def test_repair_shows_its_progress_on_a_terminal(dataset: Path) -> None:
+    assert "rescuing" in on_terminal("repair", dataset, dataset.with_name("b.strap"), width=80)
 
 
 def test_repair_writes_a_sound_copy_and_says_when_rows_were_lost(run: Run, dataset: Path) -> None:
@@ -425,6 +606,65 @@ def test_capture_without_a_prompt_is_refused(run: Run, tmp_path: Path) -> None:
     assert (outcome.code, "--prompt" in outcome.err) == (2, True)
 
 
+def test_the_hub_s_retries_are_not_shown(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    def from_pretrained(*_: object, **__: object) -> None:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise OSError("no connection\nsecond line")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    outcome = run(*capture_arguments(tmp_path / "run.strap", "--model", "no/such"))
+    assert outcome.code == 2
+    assert [line.split()[0] for line in outcome.err.splitlines()] == ["loading", "error:"]
+    assert "no connection" in outcome.err
+
+
+@pytest.mark.parametrize("command", ["demo", "capture"])
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("run", "'.strap'"),
+        ("taken.strap", "--overwrite replaces it"),
+        ("other.strap", "is no strapfmt dataset"),
+        ("file/run.strap", "no directory"),
+        ("file/deep/run.strap", "no directory"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, place: str, said: str
+) -> None:
+    monkeypatch.setattr(models, "load", pytest.fail)
+    monkeypatch.setattr(demo, "load", pytest.fail)
+    DatasetWriter(tmp_path / "taken.strap").close()
+    (tmp_path / "file").touch()
+    (tmp_path / "other.strap" / "x").mkdir(parents=True)
+    out = tmp_path / place
+    arguments = ["demo", "--out", out] if command == "demo" else ["capture", out, "--prompt", "x"]
+    outcome = run(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert said in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+    assert "Errno" not in outcome.err
+
+
+def test_an_interrupted_demo_leaves_its_place_free(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "_ask", interrupt)
+    out = tmp_path / "a.strap"
+    outcome = run("demo", "--out", out)
+    assert outcome.code == 130
+    assert f"removed the unfinished {out}" in outcome.err
+    assert not out.exists()
+    DatasetWriter(out).close()
+    assert run("demo", "--out", out, "--overwrite").code == 130
+    assert out.exists(), "what stood there before is not this run's to remove"
+
+
 # Wrong input anywhere.
 
 
@@ -439,6 +679,11 @@ def test_capture_without_a_prompt_is_refused(run: Run, tmp_path: Path) -> None:
         ["sql", "made.strap", "DROP TABLE tokens"],
         ["repair", "made.strap", "made.strap"],
         ["repair", "missing.strap", "new.strap"],
+        ["repair", "made.strap", "made.strap/new.strap"],
+        ["repair", "made.strap", "made.strap/rank-00000/manifest.json/new.strap"],
+        ["info", "made.strap/rank-00000/manifest.json"],
+        ["verify", "made.strap/rank-00000/manifest.json/x"],
+        ["sql", "made.strap", "SELECT 1", "--format", "xml"],
     ],
 )
 def test_wrong_input_exits_with_two_and_a_clear_line(
@@ -450,6 +695,8 @@ def test_wrong_input_exits_with_two_and_a_clear_line(
     assert outcome.out == ""
     assert outcome.err.startswith("error: ")
     assert "Traceback" not in outcome.err
+    assert "Errno" not in outcome.err
+    assert str(dataset.parent) not in outcome.err, "paths are shown from the working directory"
 
 
 @pytest.mark.parametrize(
@@ -494,7 +741,7 @@ def test_a_full_disk_behind_stdout_is_named(dataset: Path, arguments: list[str])
     with Path("/dev/full").open("wb") as full:
         ended = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert ended.returncode == 2
-    assert ended.stderr == "error: [Errno 28] writing to stdout: No space left on device\n"
+    assert ended.stderr == "error: writing to stdout: No space left on device\n"
 
 
 def test_append_to_what_is_missing_speaks_of_options(run: Run, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from strapfmt.cli import capturing, checking, demo, reading
-from strapfmt.cli.app import app
-from strapfmt.cli.output import printable
+from strapfmt.cli import capturing, checking, demo, reading, summaries
+from strapfmt.cli.app import Command, app
+from strapfmt.cli.output import told
 from strapfmt.errors import StrapfmtError
 
 __all__ = ["app", "main"]
@@ -17,14 +17,14 @@ __all__ = ["app", "main"]
 for _command in (
     demo.demo,
     capturing.capture,
-    reading.info,
+    summaries.info,
     reading.head,
     reading.sql,
-    reading.stats,
+    summaries.stats,
     checking.verify,
     checking.repair,
 ):
-    app.command()(_command)
+    app.command(cls=Command)(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -38,6 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         app(args=arguments, prog_name="strapfmt")
     except (StrapfmtError, OSError) as error:
-        print(f"error: {printable(str(error) or type(error).__name__)}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)

@@ -3,18 +3,17 @@
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
-from strapfmt.cli.app import JsonOption, new_dataset
+from strapfmt.cli.app import JsonOption, check_new
 from strapfmt.cli.models import Generation, LanguageModel, load
 from strapfmt.cli.output import console, notes, print_json
-from strapfmt.errors import ArgumentError, DatasetNotFoundError
+from strapfmt.errors import ArgumentError
 from strapfmt.report import size_text
 from strapfmt.text import visible
 
@@ -28,10 +27,13 @@ def capture(
         Path, typer.Argument(metavar="OUT", help="The dataset to write, NAME.strap.", show_default=False)
     ],
     model: Annotated[
-        str, typer.Option(help="'demo', a folder, or a name on the Hugging Face hub such as gpt2.")
+        str,
+        typer.Option(
+            metavar="NAME", help="'demo', a folder, or a name on the Hugging Face hub such as gpt2."
+        ),
     ] = "demo",
     prompt: Annotated[
-        list[str] | None, typer.Option(help="A prompt; repeat for more.", show_default=False)
+        list[str] | None, typer.Option(metavar="TEXT", help="A prompt; repeat for more.", show_default=False)
     ] = None,
     prompts_file: Annotated[
         str | None,
@@ -50,30 +52,42 @@ def capture(
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=0, help="Tokens to generate after each prompt; 0 only reads the prompts.")
+        int,
+        typer.Option(
+            metavar="N", min=0, help="Tokens to generate after each prompt; 0 only reads the prompts."
+        ),
     ] = 32,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in one forward pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts in one forward pass.")] = 8,
     do_sample: Annotated[
         bool, typer.Option("--do-sample", help="Sample instead of taking the likeliest.")
     ] = False,
     temperature: Annotated[
-        float | None, typer.Option(help="With --do-sample. [default: 1.0]", show_default=False)
+        float | None,
+        typer.Option(metavar="X", help="With --do-sample. [default: 1.0]", show_default=False),
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="With --do-sample. [default: 1.0]", show_default=False)
+        float | None,
+        typer.Option(metavar="X", help="With --do-sample. [default: 1.0]", show_default=False),
     ] = None,
-    num_beams: Annotated[int, typer.Option(min=1, help="Beams of a beam search.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of torch's random numbers.")] = 0,
+    num_beams: Annotated[int, typer.Option(metavar="N", min=1, help="Beams of a beam search.")] = 1,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of torch's random numbers.")] = 0,
     dtype: Annotated[
-        str, typer.Option(help="Run the model in this dtype: auto, bfloat16, float32, ...")
+        str, typer.Option(metavar="NAME", help="Run the model in this dtype: auto, bfloat16, float32, ...")
     ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)
+        str | None,
+        typer.Option(metavar="REV", help="Branch, tag or commit on the hub.", show_default=False),
     ] = None,
-    codec: Annotated[str, typer.Option(help="none (fastest to read), lz4 or zstd.")] = "none",
+    codec: Annotated[
+        str, typer.Option(metavar="none|lz4|zstd", help="How it is stored; none is the fastest to read.")
+    ] = "none",
     on_full: Annotated[
-        str, typer.Option(help="When the disk cannot keep up: block, drop (whole steps) or raise.")
+        str,
+        typer.Option(
+            metavar="block|drop|raise",
+            help="What to do when the disk cannot keep up; drop leaves out whole steps.",
+        ),
     ] = "block",
     tag: Annotated[
         list[str] | None,
@@ -103,6 +117,8 @@ def capture(
         num_beams=num_beams,
         seed=seed,
     )
+    mode = "overwrite" if overwrite else "append" if append else "create"
+    check_new(out, mode, "--overwrite replaces it, --append adds to it")
     language_model = load(model, revision=revision, dtype=dtype, device=device)
     result = capture_prompts(
         language_model,
@@ -113,7 +129,7 @@ def capture(
         codec=codec,
         on_full=on_full,
         tags=_tags(tag or []),
-        mode="overwrite" if overwrite else "append" if append else "create",
+        mode=mode,
     )
     if as_json:
         print_json(result)
@@ -133,6 +149,8 @@ def read_prompts(file: str) -> list[str]:
         text = sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
     except UnicodeDecodeError as error:
         raise ArgumentError(f"{file}: expected UTF-8 text: {error}") from error
+    except OSError as error:
+        raise ArgumentError(f"--prompts-file {file}: {error.strerror}") from error
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not file.endswith(".jsonl"):
         return [line.removesuffix("\r") for _, line in lines]
@@ -177,17 +195,16 @@ def capture_prompts(
     import strapfmt
 
     n_tokens = sum(language_model.count_tokens(prompts, generation))
-    with new_dataset(out, "--overwrite replaces it, --append adds to it"), _appending(out):
-        recording = strapfmt.capture(
-            language_model.model,
-            out,
-            sites=sites,
-            tokenizer=language_model.tokenizer,
-            codec=codec,
-            on_full=on_full,  # type: ignore[arg-type]  # checked there
-            tags=tags,
-            mode=mode,  # type: ignore[arg-type]
-        )
+    recording = strapfmt.capture(
+        language_model.model,
+        out,
+        sites=sites,
+        tokenizer=language_model.tokenizer,
+        codec=codec,
+        on_full=on_full,  # type: ignore[arg-type]  # checked there
+        tags=tags,
+        mode=mode,  # type: ignore[arg-type]
+    )
     estimate = recording.estimate(n_tokens)
     notes().print(f"at most {n_tokens:,} tokens, about {size_text(estimate.n_bytes)} before any codec")
     started = time.monotonic()
@@ -198,16 +215,6 @@ def capture_prompts(
         "generations": [{"prompt": prompt, "continuation": new} for prompt, new in generations],
         "duration_s": time.monotonic() - started,
     }
-
-
-@contextmanager
-def _appending(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except DatasetNotFoundError as error:
-        raise DatasetNotFoundError(
-            f"{out}: no dataset to append to; leave out --append to make one"
-        ) from error
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from strapfmt.cli.app import DatasetPath, JsonOption, new_dataset
+from strapfmt.cli.app import DatasetPath, JsonOption
 from strapfmt.cli.output import console, notes, print_json, printable
 
 __all__ = ["repair", "verify"]
@@ -43,8 +43,8 @@ def repair(
     """
     import strapfmt
 
-    with new_dataset(out, "choose another place for what is rescued"):
-        report = strapfmt.repair(dataset, out)
+    with _progress("rescuing") as progress:
+        report = strapfmt.repair(dataset, out, progress=progress)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -59,7 +59,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
     if not sys.stderr.isatty():
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
     with Progress(*columns, console=notes(), transient=True) as shown:
-        task = shown.add_task(what)
+        task = shown.add_task(what, total=None)
         yield lambda done, total: shown.update(task, completed=done, total=total)

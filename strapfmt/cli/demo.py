@@ -8,22 +8,25 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.rule import Rule
 from rich.syntax import Syntax
 from rich.text import Text
 
-from strapfmt.cli.app import JsonOption, new_dataset
+from strapfmt.cli.app import JsonOption, check_new
 from strapfmt.cli.latents import learn
 from strapfmt.cli.models import Generation, LanguageModel, load
-from strapfmt.cli.output import console, notes, print_json, print_table, printable
+from strapfmt.cli.output import console, notes, print_json, printable
+from strapfmt.cli.tables import print_table
 from strapfmt.report import size_text
-from strapfmt.text import visible
+from strapfmt.text import shown_path, visible
 
 __all__ = ["demo"]
 
@@ -100,12 +103,15 @@ WHERE other.token <> word.token GROUP BY ALL ORDER BY cosine DESC LIMIT 6""",
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="The dataset to write.")] = Path("demo.strap"),
+    out: Annotated[Path, typer.Option(metavar="PATH", help="The dataset to write.")] = Path("demo.strap"),
     model: Annotated[
-        str, typer.Option(help="'demo', a folder, or a name on the Hugging Face hub such as gpt2.")
+        str,
+        typer.Option(
+            metavar="NAME", help="'demo', a folder, or a name on the Hugging Face hub such as gpt2."
+        ),
     ] = "demo",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset at --out.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of sampling and of the autoencoder.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of sampling and of the autoencoder.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Show all of strapfmt on a small model, in under a minute.
@@ -113,8 +119,32 @@ def demo(
     It captures the model that comes with strapfmt, asks SQL questions, trains a sparse autoencoder on the
     activations, and checks every byte. No network is needed.
     """
-    started = time.monotonic()
+    check_new(out, "overwrite" if overwrite else "create", "--overwrite replaces it, --out writes another")
     to = notes() if as_json else console()
+    with _gone_if_interrupted(out):
+        document = _run(out, model, overwrite=overwrite, seed=seed, to=to)
+    if as_json:
+        print_json(document)
+    if not document["verify"]["valid"]:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _gone_if_interrupted(out: Path) -> Iterator[None]:
+    """Remove what was made at `out` if Ctrl-C ends what happens inside, so that the next run finds the place free."""
+    is_new = not os.path.lexists(out)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if is_new and out.exists():
+            shutil.rmtree(out)
+            notes().print(f"stopped; removed the unfinished {shown_path(out)}")
+        raise
+
+
+def _run(out: Path, model: str, *, overwrite: bool, seed: int, to: Console) -> dict[str, Any]:
+    """Run all parts and return what they found, ready for JSON."""
+    started = time.monotonic()
     language_model = load(model)
     layers = int(language_model.model.config.num_hidden_layers)
     layer = layers // 2
@@ -128,19 +158,14 @@ def demo(
         learned = _learn(ds, f"blocks.{layer}.resid_post", seed, to)
     verified = _check(out, to)
     _where_next(out, layer, time.monotonic() - started, to)
-    if as_json:
-        print_json(
-            {
-                "path": str(out),
-                **recorded,
-                "questions": answers,
-                "sae": learned,
-                "verify": verified,
-                "duration_s": time.monotonic() - started,
-            }
-        )
-    if not verified["valid"]:
-        raise typer.Exit(1)
+    return {
+        "path": str(out.absolute()),
+        **recorded,
+        "questions": answers,
+        "sae": learned,
+        "verify": verified,
+        "duration_s": time.monotonic() - started,
+    }
 
 
 def _step(title: str, to: Console) -> None:
@@ -163,19 +188,18 @@ def _record(
     """Capture prompts being continued and texts being read; show what was written."""
     import strapfmt
 
-    _step("2  Capture: it continues four prompts, and reads some documentation", to)
+    _step("2  Capture, while it writes and reads documentation", to)
     texts = [text for text in _documentation() if language_model.n_tokens(text) <= language_model.max_tokens]
     started = time.monotonic()
-    with new_dataset(out, "--overwrite replaces it, --out writes another"):
-        recording = strapfmt.capture(
-            language_model.model,
-            out,
-            sites=["blocks.*.resid_post"],
-            tokenizer=language_model.tokenizer,
-            overwrite=overwrite,
-            tags={"made_by": "strapfmt demo"},
-            quiet=True,
-        )
+    recording = strapfmt.capture(
+        language_model.model,
+        out,
+        sites=["blocks.*.resid_post"],
+        tokenizer=language_model.tokenizer,
+        overwrite=overwrite,
+        tags={"made_by": "strapfmt demo"},
+        quiet=True,
+    )
     with recording:
         read = Generation(batch_size=16, max_new_tokens=0)
         write = Generation(max_new_tokens=48, do_sample=True, temperature=0.7, seed=seed)
@@ -184,7 +208,7 @@ def _record(
         generations = list(language_model.run(PROMPTS, write))
     duration_s = time.monotonic() - started
     for prompt, continuation in generations:
-        one_line = visible(continuation.replace("\n", " "), 76 - len(prompt))
+        one_line = visible(continuation.replace("\n", " "), max(to.width - len(prompt) - 3, 8))
         to.print(Text.assemble(("  " + visible(prompt), "bold"), one_line))
     to.print(printable(str(recording.report)), soft_wrap=True)
     return {
@@ -236,18 +260,26 @@ def _learn(ds: Any, site: str, seed: int, to: Console) -> dict[str, Any]:
         f"{learned['n_dead']} latents are dead. A few of the others:"
     )
     print_table(
-        ("latent", "fires on", "strongest at these [tokens], after their context"),
-        [(each["latent"], f"{each['share']:.1%}", _contexts(each["top"])) for each in learned["latents"]],
+        ("latent", "fires on", "strongest at these [tokens]"),
+        [
+            (each["latent"], f"{each['share']:.1%}", _contexts(each["top"], to.width - 18))
+            for each in learned["latents"]
+        ],
         to=to,
     )
     return learned
 
 
-def _contexts(top: Sequence[dict[str, Any]]) -> Text:
-    shown = Text(overflow="fold")
+def _contexts(top: Sequence[dict[str, Any]], room: int) -> Text:
+    """Return the strongest tokens behind what comes before each, as many as there is room for, at least one."""
+    shown = Text()
     for entry in top:
-        shown.append(("   " if shown else "") + visible(entry["before"]), style="dim")
-        shown.append(f"[{visible(entry['token'])}]", style="bold")
+        each = Text.assemble(
+            ("   " if shown else "") + visible(entry["before"]), (f"[{visible(entry['token'])}]", "bold")
+        )
+        if shown and cell_len(shown.plain + each.plain) > room:
+            break
+        shown.append_text(each)
     return shown
 
 
@@ -263,15 +295,19 @@ def _check(out: Path, to: Console) -> dict[str, Any]:
 
 def _where_next(out: Path, layer: int, duration_s: float, to: Console) -> None:
     n_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    _step(f"Done in {duration_s:.0f} s: {out.resolve()}, {size_text(n_bytes)} of plain Arrow files", to)
+    _step(f"Done in {duration_s:.0f} s", to)
+    to.print(f"{printable(str(out.resolve()))}: {size_text(n_bytes)} of plain Arrow files", soft_wrap=True)
     to.print("Go on with:")
     program, python = _command("strapfmt"), _command("python")
     place = shlex.quote(str(out))
-    to.print(f"  {program} info {place}")
-    to.print(f"  {program} head {place} blocks.{layer}.resid_post")
-    to.print(f"  {program} sql {place} 'SELECT phase, count(*) FROM tokens GROUP BY phase'")
-    to.print(f"  {program} capture gpt2.strap --model gpt2 --prompt 'The capital of France is'")
-    to.print(f"  {python} -c 'import strapfmt; print(strapfmt.open(\"{out}\").sites)'")
+    for line in (
+        f"{program} info {place}",
+        f"{program} head {place} blocks.{layer}.resid_post",
+        f"{program} sql {place} 'SELECT phase, count(*) FROM tokens GROUP BY phase'",
+        f"{program} capture gpt2.strap --model gpt2 --prompt 'The capital of France is'",
+        f"{python} -c 'import strapfmt; print(strapfmt.open(\"{out}\").sites)'",
+    ):
+        to.print(f"  {line}", soft_wrap=True)
 
 
 def _command(name: str) -> str:

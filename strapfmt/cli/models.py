@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from strapfmt.cli.output import notes, printable
 from strapfmt.errors import ArgumentError
 from strapfmt.extras import require
 
@@ -143,11 +145,15 @@ def load(
     """
     require("transformers", "hf", "running a language model")
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if name == "demo" or not sys.stderr.isatty():
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if name != "demo" and not Path(name).is_dir():
+        # Its log has two lines for each of many retries, and the error at the end says the same.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        notes().print(f"loading {printable(name)}; HF_HUB_OFFLINE=1 keeps to what is on this machine")
     where = str(DEMO_MODEL) if name == "demo" else name
     model_dtype, model_device = _dtype(dtype), _device(device)
     try:

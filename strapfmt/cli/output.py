@@ -1,4 +1,4 @@
-"""Owns what commands print: JSON for programs on stdout, tables for people, everything else on stderr."""
+"""Owns how commands print: JSON and CSV for programs on stdout, progress, remarks and errors on stderr."""
 
 import csv
 import dataclasses
@@ -9,37 +9,31 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from strapfmt.text import visible
+from strapfmt.text import visible, with_shown_paths
 
 __all__ = [
     "EXIT_CLOSED_PIPE",
-    "cell",
     "console",
     "notes",
     "plain_json",
     "print_csv",
     "print_json",
-    "print_table",
     "printable",
+    "told",
     "writing_stdout",
 ]
 
 EXIT_CLOSED_PIPE = 141  # as a shell shows a program that SIGPIPE ended
 
-_PIPED_WIDTH = 120
-_CELL_CHARS = 60
-_LIST_ITEMS = 4
+_PIPED_WIDTH = 120  # of headings; lines are as long as they are
 
 
 def console() -> Console:
-    """Return the console of results: stdout, with a fixed width where no terminal says one."""
+    """Return the console of results: stdout. Lines are wrapped on a terminal only."""
     return _console(stderr=False)
 
 
@@ -51,7 +45,14 @@ def notes() -> Console:
 def _console(*, stderr: bool) -> Console:
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
     width = None if is_terminal else _PIPED_WIDTH
-    return _Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    return _Console(
+        stderr=stderr,
+        width=width,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        soft_wrap=not is_terminal,
+    )
 
 
 class _Console(Console):
@@ -105,7 +106,10 @@ def print_json(value: object) -> None:
 
 
 def plain_json(value: Any) -> Any:
-    """Return `value` as JSON types; NaN and infinities become the strings "NaN", "Infinity" and "-Infinity"."""
+    """Return `value` as JSON types.
+
+    NaN and infinities become the strings "NaN", "Infinity" and "-Infinity", times ISO 8601, blobs hex digits.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if value is None or isinstance(value, bool | int | float | str):
@@ -116,6 +120,8 @@ def plain_json(value: Any) -> Any:
         return {field.name: plain_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, bytes):
         return value.hex()
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
     if hasattr(value, "tolist"):
         return plain_json(value.tolist())
     if isinstance(value, Iterable):
@@ -128,8 +134,17 @@ def printable(text: str) -> str:
     return "\n".join(line if line.isprintable() else visible(line) for line in text.split("\n"))
 
 
+def told(error: Exception) -> str:
+    """Return an error as one printable text for people."""
+    if isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        message = str(error) or type(error).__name__
+    return printable(with_shown_paths(message))
+
+
 def print_csv(names: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print comma-separated values to stdout: times as ISO 8601, blobs in hex, lists and structs as JSON.
+    """Print comma-separated values to stdout: what is no number or text as JSON has it, lists and structs as JSON.
 
     On a terminal, text is made safe to show.
     """
@@ -142,64 +157,7 @@ def print_csv(names: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 
 def _csv_value(value: object) -> object:
-    if value is None or isinstance(value, int | float):
+    if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
     plain = plain_json(value)
-    return plain if isinstance(plain, str) else json.dumps(plain)
-
-
-def print_table(
-    names: Sequence[str],
-    rows: Iterable[Sequence[object]],
-    *,
-    title: str | None = None,
-    to: Console | None = None,
-) -> None:
-    """Print a table for people: numbers to the right, text escaped and cut.
-
-    Parameters
-    ----------
-    names : sequence of str
-        Column heads.
-    rows : iterable of sequences
-        Python values.
-    title : str, optional
-        Shown above.
-    to : rich.console.Console, optional
-        Where; default `console()`.
-    """
-    rows = [list(row) for row in rows]
-    table = Table(title=title and Text(visible(title)), title_justify="left", box=None, pad_edge=False)
-    for i, name in enumerate(names):
-        is_number = any(_is_number(row[i]) for row in rows)
-        table.add_column(
-            Text(visible(name)),
-            justify="right" if is_number else "left",
-            overflow="fold",
-            header_style="bold",
-        )
-    for row in rows:
-        table.add_row(*map(cell, row))
-    (to or console()).print(table)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def cell(value: object) -> Text:
-    """Return one value as a person wants to see it: escaped, short, never read as markup."""
-    if value is None:
-        return Text("-", style="dim")
-    if isinstance(value, Text):
-        return value
-    if isinstance(value, float):
-        return Text(f"{value:.4g}")
-    if isinstance(value, Path):
-        return Text(visible(str(value)))
-    if isinstance(value, list | tuple):
-        more = f", … {len(value)} in all" if len(value) > _LIST_ITEMS else ""
-        return Text(f"[{', '.join(cell(item).plain for item in value[:_LIST_ITEMS])}{more}]")
-    return Text(visible(str(value), _CELL_CHARS))
+    return plain if isinstance(plain, str | int | float) else json.dumps(plain)

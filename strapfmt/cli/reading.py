@@ -1,117 +1,29 @@
-"""The commands that read: `info`, `head`, `sql` and `stats`."""
+"""The commands that show rows: `head` and `sql`."""
 
 import sys
-import time
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
-from strapfmt import spec
 from strapfmt.cli.app import DatasetPath, JsonOption, SiteName
-from strapfmt.cli.output import console, notes, print_csv, print_json, print_table
+from strapfmt.cli.output import console, notes, print_csv, print_json, printable
+from strapfmt.cli.tables import print_table
 from strapfmt.dtypes import DType
-from strapfmt.report import shape_text, size_text
-from strapfmt.text import shown_path, visible
+from strapfmt.errors import ArgumentError
 
-__all__ = ["Format", "head", "info", "sql", "stats"]
+__all__ = ["head", "sql"]
 
-
-_NOT_SHOWN = {"counters", "sites"}
+_FORMATS = ("table", "json", "csv")
 _TOKEN_COLUMNS = ("sequence_id", "position", "phase", "token")
-
-
-class Format(StrEnum):
-    """How `sql` prints."""
-
-    table = "table"
-    json = "json"
-    csv = "csv"
-
-
-def info(dataset: DatasetPath, as_json: JsonOption = False) -> None:
-    """Show what a dataset holds and where it came from.
-
-    It reads manifests only, so it is quick however large the dataset is.
-    """
-    import strapfmt
-
-    with strapfmt.open(dataset) as ds:
-        document = ds.report.to_dict()
-        for entry in document["sites"]:
-            entry |= _more(ds[entry["name"]])
-        document["n_row_events"] = len(ds.row_events)
-    if as_json:
-        print_json(document)
-    else:
-        _show_info(document)
-
-
-def _more(site: Any) -> dict[str, Any]:
-    return {
-        "row_space": site.row_space,
-        "codec": site.codec,
-        "layout": site.layout.kind,
-        "statistics": site.statistics,
-        "module_path": site.spec.module_path,
-        "hook_point": site.spec.hook_point,
-    }
-
-
-def _show_info(document: dict[str, Any]) -> None:
-    out = console()
-    state = "clean" if document["is_clean"] else "NOT closed: a writer is at work, or it crashed"
-    out.print(
-        f"{shown_path(document['path'])}: {document['n_tokens']:,} tokens in {document['n_sequences']:,} sequences and "
-        f"{document['n_steps']:,} steps; {state}"
-    )
-    for rank in document["ranks"]:
-        out.print(
-            f"rank {rank['rank']}: commit {rank['commit']}, {'clean' if rank['is_clean'] else 'NOT closed'}"
-        )
-        for session in rank["sessions"]:
-            _show_session(session)
-    out.print()
-    names = ("site", "shape", "dtype", "rows", "dropped", "size", "codec", "layout", "row space", "taken at")
-    rows = [
-        (
-            site["name"],
-            shape_text(site["shape"]),
-            site["dtype"],
-            site["n_rows"],
-            site["dropped"],
-            size_text(site["n_bytes"]),
-            *(site[name] for name in ("codec", "layout", "row_space", "hook_point")),
-        )
-        for site in document["sites"]
-    ]
-    print_table(names, rows)
-
-
-def _show_session(session: dict[str, Any]) -> None:
-    for key, value in session.items():
-        if key in _NOT_SHOWN:
-            continue
-        line = Text(f"  {visible(key)}: {visible(_told(key, value))}")
-        console().print(line, no_wrap=True, overflow="ellipsis")
-
-
-def _told(key: str, value: Any) -> str:
-    """Return a fact of provenance as one line for people; `--json` has it as it is stored."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_told(name, item)}" for name, item in value.items())
-    if isinstance(value, list):
-        return " ".join(_told("", item) for item in value)
-    if key.endswith("_ns") and isinstance(value, int):
-        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(value / 1e9))
-    return str(value)
+# Left out first where a terminal is narrow.
+_LESS_OF_TOKENS = ("batch_index", "dropped", "is_special", "parent_row", "token_id", "step", "sequence_id")
+_LESS_OF_ACTIVATIONS = ("n_nonfinite", "abs_max", "std", "mean", "sequence_id", "phase")
 
 
 def head(
     dataset: DatasetPath,
     site: SiteName = None,
-    n: Annotated[int, typer.Option("-n", "--rows", min=1, help="Rows to show.")] = 10,
+    n: Annotated[int, typer.Option("-n", "--rows", metavar="N", min=1, help="Rows to show.")] = 10,
     as_json: JsonOption = False,
 ) -> None:
     """Show the first tokens, or the first activations of a SITE."""
@@ -121,9 +33,11 @@ def head(
         rows = _first_activations(ds, ds[site], n) if site else ds.tokens.to_arrow().slice(0, n).to_pylist()
     if as_json:
         print_json(rows)
+    elif rows:
+        less = _LESS_OF_ACTIVATIONS if site else _LESS_OF_TOKENS
+        print_table(list(rows[0]), [list(row.values()) for row in rows], leave_out=less)
     else:
-        columns = list(rows[0]) if rows else ["row"]
-        print_table(columns, [list(row.values()) for row in rows])
+        notes().print("0 rows")
 
 
 def _first_activations(ds: Any, site: Any, n: int) -> list[dict[str, Any]]:
@@ -148,10 +62,13 @@ def _tokens_at(ds: Any, rows: list[int | None]) -> dict[int, dict[str, Any]]:
 
 
 def _numbers(stored: list[Any], dtype: DType) -> list[float]:
+    """Return stored numbers as their values; whole ones stay whole, as a float is exact up to 2^53 only."""
     import numpy as np
     import torch
 
-    return torch.from_numpy(np.array(stored, dtype.numpy)).view(dtype.torch).double().tolist()
+    values = torch.from_numpy(np.array(stored, dtype.numpy)).view(dtype.torch)
+    numbers: list[float] = (values.double() if dtype.is_floating else values).tolist()
+    return numbers
 
 
 def sql(
@@ -159,11 +76,17 @@ def sql(
     query: Annotated[
         str, typer.Argument(metavar="QUERY", help="One SELECT; - reads it from stdin.", show_default=False)
     ],
-    output: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.table,
-    max_rows: Annotated[int, typer.Option(min=1, help="Rows a table shows; json and csv print all.")] = 100,
+    output: Annotated[
+        str, typer.Option("--format", metavar="table|json|csv", help="How to print.")
+    ] = "table",
+    max_rows: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Rows a table shows; json and csv print all.")
+    ] = 100,
     timeout_s: Annotated[
         float | None,
-        typer.Option("--timeout-s", help="Stop the query after this many seconds.", show_default=False),
+        typer.Option(
+            "--timeout-s", metavar="X", help="Stop the query after this many seconds.", show_default=False
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -174,66 +97,25 @@ def sql(
     """
     import strapfmt
 
+    if output not in _FORMATS:
+        raise ArgumentError(f"--format: expected one of {', '.join(_FORMATS)}; got {output!r}")
     text = sys.stdin.read() if query == "-" else query
     with strapfmt.open(dataset) as ds:
         result = ds.sql(text, timeout_s=timeout_s)
-    output = Format.json if as_json else output
-    if output is Format.json:
+    if as_json or output == "json":
         print_json([dict(zip(result.columns, row, strict=True)) for row in result])
-    elif output is Format.csv:
+    elif output == "csv":
         print_csv(result.columns, result)
     else:
-        rows = result.to_arrow().slice(0, max_rows).to_pylist()
-        print_table(result.columns, [list(row.values()) for row in rows])
-        if len(result) > max_rows:
-            notes().print(f"{max_rows} of {len(result):,} rows shown; --max-rows shows more")
+        _show_answer(result, max_rows)
 
 
-def stats(dataset: DatasetPath, site: SiteName = None, as_json: JsonOption = False) -> None:
-    """Summarise the statistics stored with every activation."""
-    import strapfmt
-
-    with strapfmt.open(dataset) as ds:
-        rows = [_summary(ds[name]) for name in ([site] if site else ds.names)]
-    if as_json:
-        print_json(rows)
+def _show_answer(result: Any, max_rows: int) -> None:
+    if result.columns == ["explain_key", "explain_value"]:
+        console().print(printable(str(result)), soft_wrap=True)  # plans are drawings of many lines
         return
-    names = (
-        "site",
-        "rows",
-        "l2_norm mean",
-        "l2_norm min",
-        "l2_norm max",
-        "mean",
-        "std",
-        "abs_max",
-        "non-finite",
-    )
-    print_table(names, [list(row.values()) for row in rows])
-    if any(row["n_nonfinite"] for row in rows):
-        notes().print("non-finite values are left out of the other statistics of their row")
-
-
-def _summary(site: Any) -> dict[str, Any]:
-    import pyarrow.compute as pc
-
-    stored = [name for name in spec.STATISTICS if name in site.statistics]
-    table = site.to_arrow(columns=stored) if stored else None
-
-    def value(name: str, function: Any) -> Any:
-        if table is None or name not in stored or not table.num_rows:
-            return None
-        return function(pc.cast(table[name], "float64")).as_py()
-
-    n_nonfinite = value("n_nonfinite", pc.sum)
-    return {
-        "site": site.name,
-        "n_rows": site.n_rows,
-        "l2_norm_mean": value("l2_norm", pc.mean),
-        "l2_norm_min": value("l2_norm", pc.min),
-        "l2_norm_max": value("l2_norm", pc.max),
-        "mean_mean": value("mean", pc.mean),
-        "std_mean": value("std", pc.mean),
-        "abs_max_max": value("abs_max", pc.max),
-        "n_nonfinite": None if n_nonfinite is None else int(n_nonfinite),
-    }
+    rows = result.to_arrow().slice(0, max_rows).to_pylist()
+    print_table(result.columns, [list(row.values()) for row in rows])
+    n = len(result)
+    shown = f"{max_rows:,} of {n:,} rows shown; --max-rows shows more"
+    notes().print(shown if n > max_rows else f"{n:,} row{'' if n == 1 else 's'}", style="dim")
