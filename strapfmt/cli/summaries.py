@@ -161,10 +161,11 @@ def _show_stats(rows: list[dict[str, Any]]) -> None:
         for row in rows
         if not row["problem"]
     ]
-    print_table(names, cells)
-    notes().print(
-        "each is the mean, minimum or maximum over rows of a statistic that was stored with each row"
-    )
+    if cells:
+        print_table(names, cells)
+        notes().print(
+            "each is the mean, minimum or maximum over rows of a statistic that was stored with each row"
+        )
     if any(row["n_nonfinite"] for row in rows):
         notes().print("non-finite values are left out of the other statistics of their row")
     for row in rows:
