@@ -627,8 +627,8 @@ def test_the_hub_s_retries_are_not_shown(run: Run, tmp_path: Path, monkeypatch: 
         ("run", "'.strap'"),
         ("taken.strap", "--overwrite replaces it"),
         ("other.strap", "is no strapfmt dataset"),
-        ("file/run.strap", "no directory"),
-        ("file/deep/run.strap", "no directory"),
+        ("file/run.strap", "is a file"),
+        ("file/deep/run.strap", "is a file"),
     ],
 )
 def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_loaded(

@@ -1,6 +1,5 @@
 """Owns the typer application that the commands register with, and the arguments they share."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +7,7 @@ import typer
 from typer.core import TyperCommand
 
 from strapfmt import __version__
-from strapfmt.errors import ArgumentError, DatasetExistsError, DatasetNotFoundError
+from strapfmt.errors import DatasetExistsError, DatasetNotFoundError
 
 __all__ = ["Command", "DatasetPath", "JsonOption", "SiteName", "app", "check_new"]
 
@@ -92,9 +91,6 @@ def check_new(path: Path, mode: str, advice: str) -> None:
     """
     from strapfmt.claim import check_writable, rank_from_environment
 
-    above = next(each for each in path.absolute().parents if os.path.lexists(each))
-    if not above.is_dir():
-        raise ArgumentError(f"{path}: {above} is no directory; choose another place")
     try:
         check_writable(path, rank=rank_from_environment(), mode=mode)
     except DatasetExistsError as error:
