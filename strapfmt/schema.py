@@ -2,6 +2,9 @@
 
 import json
 import math
+import numbers
+import operator
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -15,6 +18,8 @@ from strapfmt.errors import ArgumentError
 __all__ = ["ROW_SPACES", "TABLE_SCHEMAS", "SiteSpec", "read_site", "site_schema", "with_session"]
 
 ROW_SPACES = ("tokens", "own")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_TEXTS = ("name", "dtype", "row_space", "codec", "module_path", "hook_point")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +33,8 @@ class SiteSpec:
     dtype : str
         Element type, a key of `strapfmt.dtypes.DTYPES`.
     shape : tuple of int
-        Shape of one row. -1 marks a dimension that differs from row to row, which makes the site ragged.
+        Shape of one row; a list, and sizes of other integer types, become that. -1 marks a dimension that differs from
+        row to row, which makes the site ragged.
     row_space : {"tokens", "own"}
         "tokens": a row number is that of a row of the `tokens` table. "own": the site numbers its rows itself, and
         `token_row` (null where unknown) and `call` say where each came from.
@@ -55,7 +61,8 @@ class SiteSpec:
     hook_point: str = ""
 
     def __post_init__(self) -> None:
-        problems = list(_problems(self))
+        object.__setattr__(self, "shape", _plain_shape(self.shape))
+        problems = _type_problems(self) or _problems(self)
         if problems:
             raise ArgumentError(f"site {self.name!r}: {'; '.join(problems)}")
 
@@ -85,12 +92,33 @@ class SiteSpec:
         return self.row_values * self.stored_dtype.item_bytes
 
 
+def _plain_shape(shape: object) -> object:
+    """Return a shape with its sizes as `int`; what is no shape stays, to be refused."""
+    if not isinstance(shape, (tuple, list)):
+        return shape
+    is_size = [isinstance(size, numbers.Integral) and not isinstance(size, bool) for size in shape]
+    return tuple(operator.index(size) if fits else size for size, fits in zip(shape, is_size, strict=True))
+
+
+def _type_problems(site: SiteSpec) -> list[str]:
+    problems = []
+    for name in _TEXTS:
+        value = getattr(site, name)
+        if not isinstance(value, str):
+            problems.append(f"{name}: expected text, got {value!r}")
+        elif _SURROGATE.search(value):
+            problems.append(f"{name}: expected text that UTF-8 can hold, got {value!r}")
+    if not isinstance(site.shape, tuple) or any(type(size) is not int for size in site.shape):
+        problems.append(f"shape: expected a tuple of whole numbers, got {site.shape!r}")
+    if not isinstance(site.statistics, tuple) or not all(isinstance(name, str) for name in site.statistics):
+        problems.append(f"statistics: expected a tuple of names, got {site.statistics!r}")
+    return problems
+
+
 def _problems(site: SiteSpec) -> list[str]:
     problems = []
-    if not site.name or len(site.name.encode("utf-8", "surrogatepass")) > spec.MAX_NAME_BYTES:
-        problems.append(f"name: expected 1 to {spec.MAX_NAME_BYTES} bytes of UTF-8")
-    if any("\ud800" <= character <= "\udfff" or character == "\0" for character in site.name):
-        problems.append("name: expected text that UTF-8 can hold, without NUL")
+    if not site.name or len(site.name.encode()) > spec.MAX_NAME_BYTES or "\0" in site.name:
+        problems.append(f"name: expected 1 to {spec.MAX_NAME_BYTES} bytes of UTF-8, without NUL")
     if len(site.shape) > spec.MAX_NDIM:
         problems.append(f"shape: expected at most {spec.MAX_NDIM} dimensions, got {len(site.shape)}")
     if any(size == 0 or size < -1 for size in site.shape):
