@@ -1,7 +1,8 @@
-"""Checks the arrays of one call that writes rows, before anything of them is written."""
+"""Checks the arguments of one call that writes rows, before anything of them is written."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +13,22 @@ from strapfmt import spec
 from strapfmt.errors import ArgumentError
 from strapfmt.schema import SiteSpec
 
-__all__ = ["check_columns", "check_values"]
+__all__ = ["check_columns", "check_count", "check_values"]
 
 Array = npt.NDArray[Any]
+
+_INT64_MAX = (1 << 63) - 1
+
+
+def check_count(what: str, value: object) -> int:
+    """Return how many of something there are as `int`, of whatever integer type it is."""
+    try:
+        n = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        n = -1
+    if n < 0:
+        raise ArgumentError(f"{what}: expected a whole number of at least 0, got {value!r}")
+    return n
 
 
 def check_values(site: SiteSpec, values: Array, shapes: Array | None) -> int:
@@ -36,6 +50,16 @@ def check_values(site: SiteSpec, values: Array, shapes: Array | None) -> int:
                 f"site {site.name!r}: values: expected [n, *{site.shape}], got {list(values.shape)}"
             )
         return len(values)
+    sizes = _ragged_sizes(site, shapes)
+    if values.ndim != 1 or values.size != sizes.sum():
+        raise ArgumentError(
+            f"site {site.name!r}: values: expected [{sizes.sum()}] as the shapes say, got {list(values.shape)}"
+        )
+    return len(shapes)
+
+
+def _ragged_sizes(site: SiteSpec, shapes: Array) -> npt.NDArray[np.int64]:
+    """Return how many elements each row has."""
     if (
         shapes.ndim != 2
         or shapes.shape[1] != len(site.shape)
@@ -48,12 +72,15 @@ def check_values(site: SiteSpec, values: Array, shapes: Array | None) -> int:
     fixed = [i for i, size in enumerate(site.shape) if size >= 0]
     if np.any(shapes[:, fixed] != np.array([site.shape[i] for i in fixed])):
         raise ArgumentError(f"site {site.name!r}: shapes: expected rows of shape {site.shape} (-1: any size)")
-    sizes = np.prod(shapes, axis=1, dtype=np.int64)
-    if values.ndim != 1 or values.size != sizes.sum() or np.any(sizes > spec.MAX_ROW_VALUES):
+    sizes: Array = np.prod(shapes, axis=1, dtype=np.float64)  # int64 would wrap; below 2^53 this is exact
+    wrong = (shapes > spec.MAX_ROW_VALUES).any(axis=1) | (sizes > spec.MAX_ROW_VALUES)
+    if wrong.any():
         raise ArgumentError(
-            f"site {site.name!r}: values: expected [{sizes.sum()}] as the shapes say, got {values.shape}"
+            f"site {site.name!r}: shapes: expected sizes, and values in a row, of at most {spec.MAX_ROW_VALUES}; got a "
+            f"row of shape {shapes[wrong][0].tolist()}"
         )
-    return len(shapes)
+    whole: npt.NDArray[np.int64] = sizes.astype(np.int64)
+    return whole
 
 
 def check_columns(
@@ -66,7 +93,7 @@ def check_columns(
     last_row: int,
     rank: int,
 ) -> dict[str, Array]:
-    """Check the columns beside the activations and return copies of them."""
+    """Check the columns beside the activations and return them; they may alias what was given."""
     columns: dict[str, Array] = {}
     if site.row_space == "own":
         if rows is None:
@@ -87,12 +114,27 @@ def check_columns(
     if set(given) != set(site.statistics):
         raise ArgumentError(f"site {site.name!r}: statistics: expected {site.statistics}, got {tuple(given)}")
     for name in site.statistics:
-        columns[name] = np.array(given[name], np.int32 if name == "n_nonfinite" else np.float32)
-        if columns[name].shape != (n_rows,):
-            raise ArgumentError(
-                f"site {site.name!r}: {name}: expected [{n_rows}], got {list(columns[name].shape)}"
-            )
+        columns[name] = _statistic(site, name, given[name], n_rows)
     return columns
+
+
+def _statistic(site: SiteSpec, name: str, values: Any, n_rows: int) -> Array:
+    array = np.asarray(values)
+    is_count = name == "n_nonfinite"
+    if array.shape != (n_rows,) or array.dtype.kind not in ("iu" if is_count else "fiu"):
+        raise ArgumentError(
+            f"site {site.name!r}: {name}: expected [{n_rows}] {'whole numbers' if is_count else 'numbers'}, got "
+            f"{list(array.shape)} of {array.dtype}"
+        )
+    if not is_count:
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite
+            return array.astype(np.float32, copy=False)
+    counts = array.astype(np.int32, copy=False)
+    if np.any(counts != array):
+        raise ArgumentError(
+            f"site {site.name!r}: {name}: expected numbers that int32 holds, got {array[counts != array][0]}"
+        )
+    return counts
 
 
 def _integers(site: SiteSpec, name: str, values: int | Array, n_rows: int) -> Array:
@@ -101,7 +143,9 @@ def _integers(site: SiteSpec, name: str, values: int | Array, n_rows: int) -> Ar
         raise ArgumentError(
             f"site {site.name!r}: {name}: expected int [{n_rows}], got {array.dtype} {list(array.shape)}"
         )
-    return np.array(np.broadcast_to(array, (n_rows,)), np.int64)
+    if array.dtype.kind == "u" and array.size and array.max() > _INT64_MAX:
+        raise ArgumentError(f"site {site.name!r}: {name}: expected at most {_INT64_MAX}, got {array.max()}")
+    return np.broadcast_to(array, (n_rows,)).astype(np.int64, copy=False)
 
 
 def _check_rows(site: SiteSpec, rows: Array, last_row: int, rank: int) -> None:

@@ -50,7 +50,7 @@ def check_codec(name: str, directory: Path) -> None:
 def _write(path: Path, codec: str) -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
     stored = {}
-    with DatasetWriter(path, codec=codec) as writer:
+    with DatasetWriter(path) as writer:
         rows = np.arange(_N_ROWS) + writer.reserve("row", _N_ROWS)
         for dtype in DTYPES.values():
             values = random.integers(0, 256, _N_ROWS * _WIDTH * dtype.item_bytes, np.uint8).view(dtype.numpy)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Self
 
 import numpy.typing as npt
@@ -26,9 +26,11 @@ from strapfmt.layout import body_alignment, plan_layout
 from strapfmt.manifest import COUNTERS, Counts, Manifest, SiteEntry, file_slug
 from strapfmt.paths import absolute_path
 from strapfmt.report import SiteCount, WriteSummary
-from strapfmt.row_checks import check_columns, check_values
+from strapfmt.row_buffer import BufferPool
+from strapfmt.row_checks import check_columns, check_count, check_values
 from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, site_schema, with_session
-from strapfmt.site_writer import BufferPool, ShardSeries, SiteWriter, TableWriter
+from strapfmt.series import ShardSeries
+from strapfmt.site_writer import SiteWriter, TableWriter
 
 __all__ = ["COMMIT_INTERVAL_S", "DatasetWriter"]
 
@@ -52,8 +54,6 @@ class DatasetWriter:
     mode : {"create", "overwrite", "append"}
         "create" refuses a rank that exists, "overwrite" replaces it (the whole dataset for an only writer), "append"
         goes on behind what is committed, in new shards.
-    codec : str
-        The codec of sites whose spec does not choose one.
     batch_bytes, shard_bytes : int
         Target size of a record batch, and the size at which a shard is sealed.
     commit_interval_s : float
@@ -77,20 +77,18 @@ class DatasetWriter:
         *,
         rank: int | None = None,
         mode: Literal["create", "overwrite", "append"] = "create",
-        codec: str = "none",
         batch_bytes: int = spec.BATCH_TARGET_BYTES,
         shard_bytes: int = spec.SHARD_TARGET_BYTES,
         commit_interval_s: float = COMMIT_INTERVAL_S,
         provenance: Mapping[str, Any] | None = None,
         disk: Disk | None = None,
     ) -> None:
-        get_codec(codec)
         if batch_bytes < 1 or shard_bytes < 1 or commit_interval_s < 0:
             raise ArgumentError(
                 "batch_bytes and shard_bytes: expected >= 1; commit_interval_s: expected >= 0"
             )
         facts = plain_json(provenance or {}, "provenance")
-        self.path, self.rank, self.codec = absolute_path(path), rank or 0, codec
+        self.path, self.rank = absolute_path(path), rank or 0
         self._batch_bytes = batch_bytes
         self._commit_interval_s = commit_interval_s
         self._disk = disk or Disk()
@@ -101,6 +99,8 @@ class DatasetWriter:
         self._sessions = [*self._manifest.sessions, session]
         self._counting = threading.Lock()
         self._sites: dict[str, SiteWriter] = {}
+        self._before = {entry.spec.name: entry for entry in self._manifest.sites}
+        self._specs = {name: entry.spec for name, entry in self._before.items()}
         self._tables: dict[str, TableWriter] = {}
         self._n_bytes = 0
         self._closed, self._is_torn = "", False
@@ -127,13 +127,15 @@ class DatasetWriter:
     # What a caller uses.
 
     @property
-    def sites(self) -> dict[str, SiteSpec]:
-        """The sites declared in this session or before."""
-        before = {entry.spec.name: entry.spec for entry in self._manifest.sites}
-        return before | {name: writer.site for name, writer in self._sites.items()}
+    def sites(self) -> Mapping[str, SiteSpec]:
+        """The sites declared in this session or before; a view that grows with them."""
+        return MappingProxyType(self._specs)
 
     def reserve(self, kind: Literal["row", "step", "sequence"], n: int) -> int:
         """Return the first of `n` new consecutive ids: `rank << 40 | counter`. Safe from any thread."""
+        if kind not in COUNTERS:
+            raise ArgumentError(f"kind: expected one of {', '.join(COUNTERS)}; got {kind!r}")
+        n = check_count(f"{kind}: n", n)
         with self._counting:
             first = self._counters[kind]
             if first + n > 1 << spec.COUNTER_BITS:
@@ -156,11 +158,12 @@ class DatasetWriter:
         """
         self._check_open()
         site.check_known()
-        known = self.sites.get(site.name)
+        known = self._specs.get(site.name)
         if known is not None and known != site:
             raise ArgumentError(f"site {site.name!r} is declared as {known}; got {site}")
         if site.name not in self._sites:
             self._sites[site.name] = self._open_site(site)
+            self._specs[site.name] = site
 
     def write(
         self,
@@ -198,9 +201,7 @@ class DatasetWriter:
             If writing failed before.
         """
         self._check_open()
-        if site not in self._sites:
-            raise SiteNotFoundError(site, self._sites, "this writer (declare it with add_site)")
-        writer = self._sites[site]
+        writer = self._declared(site)
         n_rows = check_values(writer.site, values, shapes)
         columns = check_columns(
             writer.site, n_rows, rows, statistics, token_row, call, writer.last_row, self.rank
@@ -220,8 +221,11 @@ class DatasetWriter:
 
     def count(self, site: str, *, expected: int = 0, dropped: int = 0) -> None:
         """Add to a site's counters in the manifest."""
-        self._sites[site].expected += expected
-        self._sites[site].dropped += dropped
+        writer = self._declared(site)
+        expected = check_count(f"site {site!r}: expected", expected)
+        dropped = check_count(f"site {site!r}: dropped", dropped)
+        writer.expected += expected
+        writer.dropped += dropped
 
     def wait(self) -> None:
         """Block until every borrowed buffer has been handed to the system and may be reused."""
@@ -303,8 +307,13 @@ class DatasetWriter:
         self._commit()
         self._io.wait()
 
+    def _declared(self, site: str) -> SiteWriter:
+        if site not in self._sites:
+            raise SiteNotFoundError(site, self._sites, "this writer (declare it with add_site)")
+        return self._sites[site]
+
     def _open_site(self, site: SiteSpec) -> SiteWriter:
-        entry = next((entry for entry in self._manifest.sites if entry.spec.name == site.name), None)
+        entry = self._before.get(site.name)
         encoder = self._encoder(site_schema(site), site.codec)
         layout = entry.layout if entry else plan_layout(site, encoder.header_bytes(), self._batch_bytes)
         series = self._make_series(

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from strapfmt.writer import DatasetWriter
 FIXED = SiteSpec(name="a", dtype="float32", shape=(3,), statistics=("l2_norm",))
 RAGGED = SiteSpec(name="r", dtype="float16", shape=(2, -1), statistics=())
 OWN = SiteSpec(name="o", dtype="uint8", shape=(), row_space="own", statistics=())
+EMPTY = SiteSpec(name="e", dtype="uint8", shape=(-1, -1), row_space="own", statistics=())
+COUNTED = SiteSpec(name="c", dtype="uint8", shape=(), row_space="own", statistics=("n_nonfinite",))
 
 F32 = np.zeros((2, 3), np.float32)
 NORMS = {"l2_norm": np.zeros(2, np.float32)}
@@ -44,7 +47,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def writer(path: Path) -> Any:
     with DatasetWriter(path, commit_interval_s=1e9) as writer:
-        for site in (FIXED, RAGGED, OWN):
+        for site in (FIXED, RAGGED, OWN, EMPTY, COUNTED):
             writer.add_site(site)
         yield writer
 
@@ -84,6 +87,22 @@ def writer(path: Path) -> Any:
         ("o", np.zeros(2, np.uint8), {"rows": ROWS[::-1].copy()}, "strictly increasing"),
         ("o", np.zeros(2, np.uint8), {"token_row": np.zeros(3, int)}, "token_row"),
         ("o", np.zeros(2, np.uint8), {"call": 1.5}, "call"),
+        ("o", np.zeros(2, np.uint8), {"call": np.uint64(1 << 63)}, "call: expected at most"),
+        (
+            "o",
+            np.zeros(2, np.uint8),
+            {"token_row": np.array([0, 1 << 63], np.uint64)},
+            "token_row: expected at",
+        ),
+        ("e", np.zeros(0, np.uint8), {"shapes": np.array([[1 << 31, 0]])}, "of at most 2147483647"),
+        ("e", np.zeros(0, np.uint8), {"shapes": np.array([[1 << 33, 1 << 33]])}, "8589934592, 8589934592"),
+        ("e", np.zeros(0, np.uint8), {"shapes": np.array([[1 << 63, 2]], np.uint64)}, "of at most"),
+        ("e", np.zeros(0, np.uint8), {"shapes": np.array([[1, 1], [1 << 16, 1 << 15]])}, "65536, 32768"),
+        ("e", np.zeros(0, np.uint8), {"shapes": np.array([[2, 3]])}, r"expected \[6\]"),
+        ("c", np.zeros(2, np.uint8), {"statistics": {"n_nonfinite": [0, (1 << 32) + 7]}}, "got 4294967303"),
+        ("c", np.zeros(2, np.uint8), {"statistics": {"n_nonfinite": [0, 1.9]}}, "whole numbers, got"),
+        ("c", np.zeros(2, np.uint8), {"statistics": {"n_nonfinite": ["0", "1"]}}, "whole numbers, got"),
+        ("a", F32, {"rows": ROWS, "statistics": {"l2_norm": ["0", "1"]}}, r"\[2\] numbers, got"),
     ],
 )
 def test_wrong_arguments_are_named_and_nothing_of_the_call_is_written(
@@ -95,7 +114,7 @@ def test_wrong_arguments_are_named_and_nothing_of_the_call_is_written(
     writer.write("a", F32, rows=ROWS, statistics=NORMS)
     writer.close()
     with Reader(path) as reader:
-        assert {name: len(reader[name]) for name in reader.names} == {"a": 2, "r": 0, "o": 0}
+        assert {name: len(reader[name]) for name in reader.names} == dict.fromkeys(reader.names, 0) | {"a": 2}
 
 
 def test_a_site_not_declared_names_those_that_are(writer: DatasetWriter) -> None:
@@ -111,7 +130,7 @@ def test_a_site_is_declared_once(writer: DatasetWriter) -> None:
         writer.add_site(SiteSpec(name="n", dtype="float32", shape=(4,), codec="brotli"))
     with pytest.raises(ArgumentError, match="dtype"):
         writer.add_site(SiteSpec(name="n", dtype="float4", shape=(4,)))
-    assert list(writer.sites) == ["a", "r", "o"]
+    assert list(writer.sites) == ["a", "r", "o", "e", "c"]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +181,58 @@ def test_ids_are_consecutive_over_kinds_threads_and_ranks(path: Path) -> None:
     assert Forger(path, 3).manifest["counters"] == {"row": 6, "step": 1, "sequence": 3600}
 
 
+@pytest.mark.parametrize("n", [-3, True, 1.0, None, "1", np.int64(-1), np.array([1, 2])], ids=repr)
+def test_numbers_of_things_are_whole_and_not_negative(path: Path, writer: DatasetWriter, n: Any) -> None:
+    writer.reserve("row", np.int64(2))  # type: ignore[arg-type]
+    writer.count("a", expected=np.uint8(3), dropped=np.int16(1))  # type: ignore[arg-type]
+    for call in (
+        lambda: writer.reserve("row", n),
+        lambda: writer.count("a", expected=n),
+        lambda: writer.count("a", dropped=n),
+    ):
+        with pytest.raises(ArgumentError, match="expected a whole number of at least 0"):
+            call()
+    with pytest.raises(ArgumentError, match="one of row, step, sequence"):
+        writer.reserve("rows", 1)  # type: ignore[arg-type]
+    with pytest.raises(SiteNotFoundError, match="add_site"):
+        writer.count("b", expected=1)
+    writer.close()
+    assert Forger(path).manifest["counters"]["row"] == 2
+    assert Forger(path).manifest["sites"][0]["counts"] == {"expected": 3, "written": 0, "dropped": 1}
+
+
+def test_statistics_beyond_float32_are_infinite(path: Path, writer: DatasetWriter) -> None:
+    writer.write("a", F32, rows=ROWS, statistics={"l2_norm": np.array([1e300, 2.0])})
+    writer.close()
+    assert Reader(path)["a"].to_arrow(["l2_norm"])["l2_norm"].to_pylist() == [np.inf, 2.0]
+
+
+def test_arrays_beside_the_values_belong_to_the_caller_again(path: Path) -> None:
+    site = SiteSpec(name="o", dtype="uint8", shape=(), row_space="own", statistics=("mean",))
+    with DatasetWriter(path, batch_bytes=64) as writer:
+        writer.add_site(site)
+        rows, means, places = np.arange(5), np.ones(5, np.float32), np.arange(5)
+        writer.write("o", np.zeros(5, np.uint8), rows=rows, statistics={"mean": means}, token_row=places)
+        for array in (rows, means, places):
+            array[:] = 77
+    stored = Reader(path, verify="always")["o"].to_arrow(["row", "token_row", "mean"]).to_pydict()
+    assert stored == {"row": [*range(5)], "token_row": [*range(5)], "mean": [1.0] * 5}
+
+
+def test_the_sites_of_a_writer_are_a_view_that_costs_nothing(writer: DatasetWriter) -> None:
+    sites = writer.sites
+    writer.add_site(SiteSpec(name="later", dtype="float32", shape=(4,)))
+    assert "later" in sites
+    with pytest.raises(TypeError):
+        sites["x"] = FIXED  # type: ignore[index]
+    tracemalloc.start()
+    try:
+        assert len([writer.sites for _ in range(50)]) == 50
+        assert tracemalloc.get_traced_memory()[1] < 50 * 150
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_rank_ends_at_two_to_the_forty(path: Path) -> None:
     last = (1 << spec.COUNTER_BITS) - 1
     with DatasetWriter(path, rank=spec.MAX_RANK) as writer:
@@ -189,7 +260,7 @@ def test_zero_rows_are_nothing(path: Path, writer: DatasetWriter) -> None:
     writer.commit()
     writer.close()
     with Reader(path) as reader:
-        assert [len(reader[name]) for name in reader.names] == [0, 0, 0]
+        assert [len(reader[name]) for name in reader.names] == [0] * 5
         assert reader["a"].tensor().shape == (0, 3)
         assert reader["a"].to_arrow().num_rows == 0
         assert list(reader["r"].scan()) == []
@@ -511,7 +582,6 @@ def test_a_closed_writer_says_so(path: Path) -> None:
         {"rank": -1},
         {"rank": spec.MAX_RANK + 1},
         {"mode": "w"},
-        {"codec": "brotli"},
         {"batch_bytes": 0},
         {"shard_bytes": 0},
         {"commit_interval_s": -1},

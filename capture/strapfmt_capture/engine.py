@@ -168,7 +168,6 @@ def _open_writer(path: Path, options: Options, provenance: Mapping[str, Any]) ->
         path,
         rank=options.rank,
         mode=options.mode,
-        codec=options.codec,
         batch_bytes=options.batch_bytes,
         shard_bytes=options.shard_bytes,
         commit_interval_s=options.commit_interval_s,

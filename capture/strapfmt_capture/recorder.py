@@ -101,7 +101,6 @@ def create(
         path,
         rank=rank,
         mode=mode,
-        codec=codec,
         batch_bytes=sizes["batch_bytes"],
         shard_bytes=sizes["shard_bytes"],
         commit_interval_s=as_seconds("commit_interval_s", commit_interval_s),
