@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,27 @@ from strapfmt import spec
 from strapfmt.errors import ArgumentError
 from strapfmt.schema import SiteSpec
 
-__all__ = ["check_columns", "check_count", "check_values"]
+__all__ = ["TABLE_IDS", "TableIds", "check_columns", "check_count", "check_ids", "check_values"]
 
 Array = npt.NDArray[Any]
 
 _INT64_MAX = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class TableIds:
+    """The column of a table that holds its ids, and the counter they come from ("": events tell of any row again)."""
+
+    column: str
+    counter: str
+
+
+TABLE_IDS = {
+    "tokens": TableIds("row", "row"),
+    "sequences": TableIds("sequence_id", "sequence"),
+    "steps": TableIds("step", "step"),
+    "row_events": TableIds("row", ""),
+}
 
 
 def check_count(what: str, value: object) -> int:
@@ -137,6 +154,14 @@ def _statistic(site: SiteSpec, name: str, values: Any, n_rows: int) -> Array:
     return counts
 
 
+def check_ids(table: str, ids: Array, last: int, rank: int) -> None:
+    """Check the ids of rows of a table, of which `last` was the last one used."""
+    what = f"table {table!r}: {TABLE_IDS[table].column}"
+    _check_rank(what, ids, rank)
+    if TABLE_IDS[table].counter:
+        _check_rising(what, ids, last)
+
+
 def _integers(site: SiteSpec, name: str, values: int | Array, n_rows: int) -> Array:
     array = np.asarray(values)
     if array.dtype.kind not in "iu" or array.shape not in ((), (n_rows,)):
@@ -149,13 +174,22 @@ def _integers(site: SiteSpec, name: str, values: int | Array, n_rows: int) -> Ar
 
 
 def _check_rows(site: SiteSpec, rows: Array, last_row: int, rank: int) -> None:
-    if not len(rows):
-        return
-    if rows[0] <= last_row or np.any(rows[1:] <= rows[:-1]):
+    _check_rising(f"site {site.name!r}: rows", rows, last_row)
+    _check_rank(f"site {site.name!r}: rows", rows, rank)
+
+
+def _check_rising(what: str, ids: Array, last: int) -> None:
+    if len(ids) and (ids[0] <= last or np.any(ids[1:] <= ids[:-1])):
+        at = int(np.argmax(ids <= np.concatenate([[last], ids[:-1]])))
         raise ArgumentError(
-            f"site {site.name!r}: rows: expected strictly increasing row ids above {last_row}, the last one written"
+            f"{what}: expected strictly increasing ids above {last}, the last one used; got {ids[at]} after "
+            f"{ids[at - 1] if at else last}"
         )
-    if rows[0] >> spec.RANK_SHIFT != rank or rows[-1] >> spec.RANK_SHIFT != rank:
+
+
+def _check_rank(what: str, ids: Array, rank: int) -> None:
+    if np.any(ids >> spec.RANK_SHIFT != rank):
+        wrong = ids[ids >> spec.RANK_SHIFT != rank][0]
         raise ArgumentError(
-            f"site {site.name!r}: rows: expected ids of rank {rank} (rank << {spec.RANK_SHIFT} | n)"
+            f"{what}: expected ids of rank {rank} (rank << {spec.RANK_SHIFT} | n, as reserve() gives them), got {wrong}"
         )

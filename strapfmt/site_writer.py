@@ -13,6 +13,7 @@ from strapfmt import spec
 from strapfmt.errors import ArgumentError
 from strapfmt.manifest import Counts, Layout, Shard, SiteEntry, TableEntry
 from strapfmt.row_buffer import BufferPool, RowBuffer
+from strapfmt.row_checks import TABLE_IDS, check_ids
 from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, site_schema
 from strapfmt.series import ShardSeries
 from strapfmt.shard import RowBatch
@@ -58,6 +59,8 @@ class SiteWriter:
         self.series = series
         self.expected, self.written, self.dropped = counts.expected, counts.written, counts.dropped
         self.last_row = last_row
+        #: No session before used it as a `call`, as every call has at least one row.
+        self.first_call = 0 if last_row < 0 else (last_row & ((1 << spec.COUNTER_BITS) - 1)) + 1
         self._pool = pool
         self._buffer: RowBuffer | None = None
         #: Rows of a batch, and elements of its rows: exactly for a site of fixed shape, at most for a ragged one.
@@ -199,11 +202,22 @@ def _primitive(kind: pa.DataType, values: Array) -> pa.Array:
 
 
 class TableWriter:
-    """Gathers the rows of one table; they are written as soon as anything refers to them."""
+    """Gathers the rows of one table; they are written as soon as anything refers to them.
 
-    def __init__(self, name: str, series: ShardSeries) -> None:
+    Parameters
+    ----------
+    name : str
+    series : ShardSeries
+    rank : int
+    counters : mapping
+        The next free number of each kind as the session began: ids in earlier sessions are below.
+    """
+
+    def __init__(self, name: str, series: ShardSeries, *, rank: int, counters: Mapping[str, int]) -> None:
         self.name, self.schema = name, TABLE_SCHEMAS[name]
         self.series = series
+        self._ids, self._rank = TABLE_IDS[name], rank
+        self._last_id = (rank << spec.RANK_SHIFT) + counters.get(self._ids.counter, 0) - 1
         self._pending: list[pa.RecordBatch] = []
 
     def write(self, columns: Mapping[str, Any]) -> None:
@@ -212,7 +226,8 @@ class TableWriter:
         Raises
         ------
         ArgumentError
-            If a column is missing, unknown, of another length or of a type that does not fit.
+            If a column is missing, unknown, of another length or of a type that does not fit, or if the ids are of
+            another rank or, but for `row_events`, do not increase.
         """
         if set(columns) != set(self.schema.names):
             raise ArgumentError(
@@ -228,6 +243,9 @@ class TableWriter:
             if array.null_count and not column.nullable:
                 raise ArgumentError(f"table {self.name!r}: column {column.name!r} takes no nulls")
         if batch.num_rows:
+            ids = batch.column(self._ids.column).to_numpy()
+            check_ids(self.name, ids, self._last_id, self._rank)
+            self._last_id = int(ids[-1])
             self._pending.append(batch)
 
     def flush(self) -> None:

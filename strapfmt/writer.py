@@ -213,7 +213,13 @@ class DatasetWriter:
             writer.write(values, columns, shapes, self._flush_tables)
 
     def write_table(self, name: str, columns: Mapping[str, Any]) -> None:
-        """Add rows to `tokens`, `sequences`, `steps` or `row_events`: one sequence or array a column, copied."""
+        """Add rows to `tokens`, `sequences`, `steps` or `row_events`: one sequence or array a column, copied.
+
+        Raises
+        ------
+        ArgumentError
+            If a column is not as its table says, or if ids are not of this rank or (but for `row_events`) go back.
+        """
         self._check_open()
         if name not in TABLE_SCHEMAS:
             raise ArgumentError(f"table: expected one of {', '.join(TABLE_SCHEMAS)}; got {name!r}")
@@ -226,6 +232,10 @@ class DatasetWriter:
         dropped = check_count(f"site {site!r}: dropped", dropped)
         writer.expected += expected
         writer.dropped += dropped
+
+    def first_call(self, site: str) -> int:
+        """Return a number above every `call` of earlier sessions, as far as each of those has rows."""
+        return self._declared(site).first_call
 
     def wait(self) -> None:
         """Block until every borrowed buffer has been handed to the system and may be reused."""
@@ -342,7 +352,9 @@ class DatasetWriter:
                 encoder=encoder,
                 done=entry.shards if entry else (),
             )
-            self._tables[name] = TableWriter(name, series)
+            self._tables[name] = TableWriter(
+                name, series, rank=self.rank, counters=self._sessions[-1]["counters"]
+            )
         return self._tables[name]
 
     def _encoder(self, schema: pa.Schema, codec: str) -> MessageEncoder:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from forge import Forger
 from small_datasets import Model, Script, check_routes, contents_of, random_chunk, write_chunk
@@ -25,7 +26,7 @@ from strapfmt.errors import (
     WriterConflictError,
 )
 from strapfmt.reader import Reader
-from strapfmt.schema import SiteSpec
+from strapfmt.schema import TABLE_SCHEMAS, SiteSpec
 from strapfmt.writer import DatasetWriter
 
 FIXED = SiteSpec(name="a", dtype="float32", shape=(3,), statistics=("l2_norm",))
@@ -154,6 +155,47 @@ def test_a_table_takes_exactly_its_columns(
     writer.close()
     with Reader(path) as reader:
         assert len(reader.row_events) == 0
+
+
+def table_columns(name: str, ids: Any) -> dict[str, Any]:
+    """Columns of a table whose rows have these ids."""
+    key = {"tokens": "row", "sequences": "sequence_id", "steps": "step", "row_events": "row"}[name]
+    empty = {pa.utf8(): "", pa.bool_(): False, pa.float64(): 0.0}
+    columns = {
+        column.name: [None if column.nullable else empty.get(column.type, 0)] * len(ids)
+        for column in TABLE_SCHEMAS[name]
+    }
+    return columns | {key: ids}
+
+
+@pytest.mark.parametrize("name", ["tokens", "sequences", "steps", "row_events"])
+@pytest.mark.parametrize(
+    "ids", [[3, 3], [4, 3], [2, 5], [-1], [-5, -4], [1 << 40], [5, 7 << 40], [1 << 62]], ids=repr
+)
+def test_ids_of_tables_are_of_this_rank_and_go_up(path: Path, name: str, ids: list[int]) -> None:
+    with DatasetWriter(path) as writer:
+        writer.write_table(name, table_columns(name, [0, 2]))
+        if name == "row_events" and set(ids) <= set(range(9)):
+            writer.write_table(name, table_columns(name, ids))  # events tell of rows in any order
+            return
+        with pytest.raises(ArgumentError, match=rf"table '{name}': \w+: expected .*; got|of rank 0"):
+            writer.write_table(name, table_columns(name, ids))
+        writer.write_table(name, table_columns(name, [3, 9]))
+    column = {"sequences": "sequence_id", "steps": "step"}.get(name, "row")
+    assert getattr(Reader(path), name).to_arrow([column])[column].to_pylist() == [0, 2, 3, 9]
+
+
+@pytest.mark.parametrize("name", ["tokens", "sequences", "steps"])
+def test_ids_of_tables_go_on_above_earlier_sessions(path: Path, name: str) -> None:
+    first = 3 << spec.RANK_SHIFT
+    with DatasetWriter(path, rank=3) as writer:
+        for kind in ("row", "sequence", "step"):
+            writer.reserve(kind, 5)  # type: ignore[arg-type]
+        writer.write_table(name, table_columns(name, [first + 1]))
+    with DatasetWriter(path, rank=3, mode="append") as writer:
+        with pytest.raises(ArgumentError, match=f"above {first + 4}, the last one used; got {first + 4}"):
+            writer.write_table(name, table_columns(name, [first + 4]))
+        writer.write_table(name, table_columns(name, [first + 5]))
 
 
 def test_ids_are_consecutive_over_kinds_threads_and_ranks(path: Path) -> None:
