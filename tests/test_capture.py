@@ -533,6 +533,32 @@ def test_a_site_with_rows_of_its_own_may_fire_often(tmp_path: Path) -> None:
     assert Reader(tmp_path / "x.strap")["first"].to_arrow(["call"])["call"].to_pylist() == [0, 0, 1, 1]
 
 
+def test_calls_go_on_behind_those_of_earlier_sessions(tmp_path: Path) -> None:
+    model = Repeated()
+    for mode in ("create", "append", "append"):
+        with strapfmt.capture(model, tmp_path / "x.strap", sites="first", mode=mode, quiet=True):
+            model(torch.zeros(2, 4))
+            model(torch.zeros(0, 4))
+            model(torch.zeros(1, 4))
+    columns = Reader(tmp_path / "x.strap")["first"].to_arrow(["row", "call"]).to_pydict()
+    assert columns["call"] == [first + call for first in (0, 6, 12) for call in (0, 0, 1, 1, 2, 3)]
+
+
+def test_a_step_without_rows_names_the_next_free_one(tmp_path: Path) -> None:
+    with strapfmt.create(tmp_path / "x.strap") as rec:
+        rec.write("own", torch.zeros(2, 4))
+        rec.end_step()
+        rec.tokens(n=5)
+        rec.end_step()
+        rec.write("own", torch.zeros(2, 4))
+    model = Layers()
+    with strapfmt.capture(model, tmp_path / "x.strap", sites="first", mode="append", quiet=True):
+        for _ in range(2):
+            model(torch.zeros(2, 4))
+    steps = Reader(tmp_path / "x.strap").steps.to_arrow(["first_row", "n_rows"]).to_pydict()
+    assert steps == {"first_row": [0, 0, 5, 5, 5], "n_rows": [0, 5, 0, 0, 0]}
+
+
 class Changing(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
+import os
+import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +97,19 @@ def test_chosen_sequence_numbers_and_new_ones_do_not_meet(tmp_path: Path) -> Non
     assert Reader(tmp_path / "x.strap").sequences.to_arrow()["sequence_id"].to_pylist() == [3, 7, 8]
 
 
+def test_sequences_begin_in_ascending_order(tmp_path: Path) -> None:
+    with strapfmt.create(tmp_path / "x.strap", rank=2) as rec:
+        rec.tokens([1, 2], sequence_id=[7, 3])
+        with pytest.raises(
+            ArgumentError, match=r"begun, or a new one above 7, .* got 5: begin them in that order"
+        ):
+            rec.tokens([4], sequence_id=5)
+        assert rec.tokens([4], sequence_id=9).rows.tolist() == [(2 << 40) + 2]
+    base = 2 << 40
+    stored = Reader(tmp_path / "x.strap").sequences.to_arrow()["sequence_id"].to_pylist()
+    assert stored == [base + 3, base + 7, base + 9]
+
+
 def test_a_site_may_hold_some_of_the_tokens(tmp_path: Path) -> None:
     with strapfmt.create(tmp_path / "x.strap") as rec:
         tokens = rec.tokens(n=6)
@@ -116,6 +133,32 @@ def test_without_tokens_a_site_numbers_its_own_rows(tmp_path: Path) -> None:
     assert reader["images"].shape == (3, 5)
     columns = reader["expert"].to_arrow(["row", "token_row", "call"]).to_pydict()
     assert columns == {"row": [0, 1, 2, 3], "token_row": [2, 0, None, 1], "call": [0, 0, 1, 1]}
+
+
+def test_calls_go_on_behind_those_of_earlier_sessions(tmp_path: Path) -> None:
+    for mode in ("create", "append", "append"):
+        with strapfmt.create(tmp_path / "x.strap", mode=mode) as rec:
+            for n in (2, 0, 1):
+                rec.write("expert", torch.zeros(n, 4))
+    columns = Reader(tmp_path / "x.strap")["expert"].to_arrow(["row", "call"]).to_pydict()
+    assert columns == {"row": list(range(9)), "call": [0, 0, 1, 3, 3, 4, 6, 6, 7]}
+
+
+def test_rows_in_a_list_may_be_no_wider_than_the_format_holds(tmp_path: Path) -> None:
+    with strapfmt.create(tmp_path / "x.strap") as rec:
+        for wide in (
+            torch.empty(1 << 31, 0),
+            torch.empty(0, 1 << 31),
+            torch.zeros(1).expand(1 << 16, 1 << 15),
+        ):
+            with pytest.raises(
+                ArgumentError, match="site 'x': expected sizes, and values in a row, of at most"
+            ):
+                rec.write("x", [torch.ones(2, 3), wide], tokens={"token_ids": [1, 2]})
+        rec.write("x", [torch.ones(2, 3), torch.ones(0, 3)])
+    reader = Reader(tmp_path / "x.strap")
+    assert len(reader.tokens) == 0
+    assert reader["x"].to_arrow(["shape"])["shape"].to_pylist() == [[2, 3], [0, 3]]
 
 
 def test_tensors_of_different_shapes_make_a_ragged_site(tmp_path: Path) -> None:
@@ -292,6 +335,62 @@ def test_nothing_can_be_written_after_closing(tmp_path: Path) -> None:
     rec.close()
     with pytest.raises(WriterClosedError):
         rec.write("x", torch.zeros(2, 4))
+
+
+def n_threads() -> int:
+    return sum(thread.name.startswith("strapfmt") for thread in threading.enumerate())
+
+
+def test_a_recorder_that_is_dropped_gives_its_rank_back_and_says_so(tmp_path: Path) -> None:
+    before = n_threads(), len(os.listdir("/proc/self/fd"))
+    rec = strapfmt.create(tmp_path / "x.strap")
+    rec.write("x", torch.zeros(2, 4))
+    rec.commit()
+    rec.write("x", torch.zeros(2, 4))
+    with pytest.warns(ResourceWarning, match=r"x\.strap: this recorder was dropped without close"):
+        del rec
+    assert (n_threads(), len(os.listdir("/proc/self/fd"))) == before
+    with strapfmt.create(tmp_path / "x.strap", mode="append") as rec:
+        rec.write("x", torch.ones(1, 4))
+    assert Reader(tmp_path / "x.strap")["x"].tensor()[:, 0].tolist() == [0, 0, 1]
+
+
+def test_a_recorder_in_a_cycle_may_be_collected_in_the_thread_that_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("strapfmt_capture.recorder._PATIENCE_S", 0.1)
+    gc.disable()  # only where the test says so
+    try:
+        rec = strapfmt.create(tmp_path / "x.strap")
+        io = rec._writer._io
+        cycle: list[Any] = [rec]
+        cycle.append(cycle)
+        del rec, cycle
+
+        def collect() -> None:
+            with pytest.warns(ResourceWarning, match="dropped without close"):
+                gc.collect()
+
+        io.submit(collect)
+        io._thread.join(60)
+    finally:
+        gc.enable()
+    assert not io._thread.is_alive()
+    io.check()
+    strapfmt.create(tmp_path / "x.strap", mode="append").close()
+
+
+def test_a_recorder_that_ended_is_dropped_without_a_word(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rec = strapfmt.create(tmp_path / "x.strap")
+        rec.close()
+        del rec
+        with pytest.raises(KeyError), strapfmt.create(tmp_path / "y.strap") as rec:
+            raise KeyError
+        del rec
+        gc.collect()
+    assert [warning for warning in caught if "dropped" in str(warning.message)] == []
 
 
 def test_the_first_write_may_be_empty(tmp_path: Path) -> None:

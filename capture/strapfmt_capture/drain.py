@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from strapfmt.errors import DrainError
 from strapfmt.schema import SiteSpec
@@ -80,6 +81,10 @@ class Drain:
         self._provenance: Mapping[str, Any] = {}
         self._turn_bytes = min(_TURN_BYTES, ring.n_bytes // _TURN_SHARE)
         self._thread = threading.Thread(target=self._run, name="strapfmt-drain", daemon=True)
+        #: The next free row behind the last step that ended.
+        self._next_row = writer.reserve("row", 0)
+        #: By site: the last call that hooks counted, and its number in the dataset.
+        self._calls: dict[str, tuple[int, int]] = {}
         self.n_rows, self.n_bytes = 0, 0
         self.written: dict[str, int] = {}
 
@@ -202,24 +207,36 @@ class Drain:
 
     def _write_piece(self, piece: Piece, statistics: Columns) -> None:
         name, n_rows, values = piece.spec.name, piece.n_rows, piece.stored(self._ring)
-        self._writer.write(name, values, statistics=piece.statistics(statistics), **piece.columns())
+        columns = piece.columns()
+        if "call" in columns:
+            columns["call"] = self._numbered(name, columns["call"])
+        self._writer.write(name, values, statistics=piece.statistics(statistics), **columns)
         self._writer.count(name, expected=n_rows)
         self.written[name] = self.written.get(name, 0) + n_rows
         self.n_rows += n_rows
         self.n_bytes += values.nbytes
 
+    def _numbered(self, site: str, calls: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Number calls that stored something, on behind earlier sessions; hooks count every call of their session."""
+        last, number = self._calls.get(site) or (-1, self._writer.first_call(site) - 1)
+        numbers: npt.NDArray[np.int64] = number + np.cumsum(np.diff(calls, prepend=last) != 0)
+        self._calls[site] = int(calls[-1]), int(numbers[-1])
+        return numbers
+
     def _write_end(self, end: StepEnd) -> None:
         step = end.step
+        if len(step.rows):
+            self._next_row = int(step.rows[-1]) + 1
         for name, n_rows in end.dropped.items():
             self._writer.count(name, expected=n_rows, dropped=n_rows)
         if end.status == "abandoned" and len(step.rows):
             n_rows = len(step.rows)
             columns = {"row": step.rows, "step": np.full(n_rows, step.step), "event": ["abandoned"] * n_rows}
             self._writer.write_table("row_events", {**columns, "detail": [end.reason] * n_rows})
-        self._writer.write_table("steps", _step_columns(end))
+        self._writer.write_table("steps", _step_columns(end, self._next_row))
 
 
-def _step_columns(end: StepEnd) -> dict[str, list[Any]]:
+def _step_columns(end: StepEnd, next_row: int) -> dict[str, list[Any]]:
     step = end.step
     return {
         "step": [step.step],
@@ -227,7 +244,7 @@ def _step_columns(end: StepEnd) -> dict[str, list[Any]]:
         "n_sequences": [step.n_sequences],
         "n_query": [step.n_query],
         "n_rows": [len(step.rows)],
-        "first_row": [int(step.rows[0]) if len(step.rows) else -1],
+        "first_row": [int(step.rows[0]) if len(step.rows) else next_row],
         "started_ns": [end.started_ns],
         "duration_s": [end.duration_s],
         "status": [end.status],

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from strapfmt import spec
 from strapfmt.dtypes import dtype_of_torch
 from strapfmt.errors import ArgumentError
 from strapfmt_capture.arguments import as_integer
@@ -58,6 +59,11 @@ class GivenRows:
             found = sorted(f"{x.dtype} with {x.ndim} dimensions" for x in tensors) or ["none"]
             raise ArgumentError(
                 f"site {site!r}: expected tensors of one dtype and number of dimensions, got {', '.join(found[:4])}"
+            )
+        if wide := [x for x in tensors if max(x.numel(), *x.shape, 0) > spec.MAX_ROW_VALUES]:
+            raise ArgumentError(
+                f"site {site!r}: expected sizes, and values in a row, of at most {spec.MAX_ROW_VALUES}; got a row of "
+                f"shape {list(wide[0].shape)}"
             )
         ((kind, ndim),) = kinds
         shapes = np.array([x.shape for x in tensors], np.int32).reshape(len(tensors), ndim)

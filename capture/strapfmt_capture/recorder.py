@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import warnings
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +33,8 @@ __all__ = ["Recorder", "create"]
 
 Integers: TypeAlias = npt.ArrayLike | torch.Tensor
 _Int64: TypeAlias = npt.NDArray[np.int64]
+
+_PATIENCE_S = 2.0
 
 # The arguments of `Recorder.tokens`.
 _DESCRIPTION = ("token_ids", "sequence_id", "position", "n", "phase")
@@ -113,7 +118,8 @@ class Recorder:
     """Writes tensors into a dataset, in the thread that calls it; made by `create`, closed on exit.
 
     Rows and values belong to steps: a step begins with the first thing written and ends with `end_step`, which may
-    commit. If the `with` block raises, what was written stays, and a step that was not ended is marked abandoned.
+    commit. If the `with` block raises, what was written stays, and a step that was not ended is marked abandoned. A
+    recorder that is dropped without `close` gives its rank back with a ResourceWarning, and what was committed stays.
 
     Parameters
     ----------
@@ -139,8 +145,10 @@ class Recorder:
         n_sequences = writer.reserve("sequence", 0) & ((1 << spec.RANK_SHIFT) - 1)
         self._book = TokenBook(writer, n_sequences=n_sequences, tokenizer=tokenizer, tags=tags)
         self._statistics = RowStatistics()
-        self._n_calls: dict[str, int] = {}
+        self._next_calls: dict[str, int] = {}
         self._step: _Step | None = None
+        self._forgotten = weakref.finalize(self, _release, writer)
+        self._forgotten.atexit = False  # the end of the process releases everything by itself
 
     def tokens(
         self,
@@ -241,8 +249,9 @@ class Recorder:
         self._writer.add_site(declared)
         own: dict[str, Any] = {"rows": None if handle is None else handle.rows}
         if handle is None:
-            own = {"token_row": places, "call": self._n_calls.get(site, 0)}
-            self._n_calls[site] = self._n_calls.get(site, 0) + 1
+            call = self._next_calls.get(site, self._writer.first_call(site))
+            own = {"token_row": places, "call": call}
+            self._next_calls[site] = call + (rows.n > 0)
         self._writer.write(
             site,
             rows.stored(),
@@ -271,7 +280,7 @@ class Recorder:
     def close(self) -> None:
         """End the step, seal and close the dataset. Safe to call twice."""
         self._end("complete", None)
-        self._writer.close()
+        self._close()
 
     def __enter__(self) -> Self:
         return self
@@ -284,14 +293,19 @@ class Recorder:
             return
         try:
             self._end("abandoned", f"{type(error).__name__}: {error}"[:500])
-            self._writer.close()
+            self._close()
             error.add_note(f"strapfmt: {self.path} is closed; it holds what was written before")
         except (StrapfmtError, OSError) as problem:
+            self._forgotten.detach()
             self._writer.abort()
             error.add_note(f"strapfmt: {problem}")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}: {len(self._writer.sites)} sites)"
+
+    def _close(self) -> None:
+        self._forgotten.detach()  # the writer ends here, well or by its own abort
+        self._writer.close()
 
     def _begin(self) -> _Step:
         if self._step is None:
@@ -302,7 +316,7 @@ class Recorder:
         step, self._step = self._step, None
         if step is None:
             return
-        self._writer.write_table("steps", step.columns(status, reason))
+        self._writer.write_table("steps", step.columns(status, reason, self._writer.reserve("row", 0)))
         if status == "abandoned":
             for part in step.rows:
                 n = len(part)
@@ -362,8 +376,8 @@ class _Step:
     started_ns: int = field(default_factory=time.time_ns)
     started_s: float = field(default_factory=time.perf_counter)
 
-    def columns(self, status: str, reason: str | None) -> dict[str, list[Any]]:
-        """Its row of the `steps` table."""
+    def columns(self, status: str, reason: str | None, next_row: int) -> dict[str, list[Any]]:
+        """Its row of the `steps` table; `next_row` is the next free row."""
         parts = [part for part in self.rows if len(part)]
         sequences = np.concatenate([part.sequence_id for part in parts]) if parts else np.empty(0, np.int64)
         counts = np.unique(sequences, return_counts=True)[1]
@@ -373,12 +387,26 @@ class _Step:
             "n_sequences": [len(counts)],
             "n_query": [int(counts.max(initial=0))],
             "n_rows": [len(sequences)],
-            "first_row": [int(parts[0].rows[0]) if parts else -1],
+            "first_row": [int(parts[0].rows[0]) if parts else next_row],
             "started_ns": [self.started_ns],
             "duration_s": [time.perf_counter() - self.started_s],
             "status": [status],
             "reason": [reason],
         }
+
+
+def _release(writer: DatasetWriter) -> None:
+    """Give back what a recorder held that nobody has closed, and say so; its last commit stays."""
+    # In a thread, which is not waited for without end: the collector may run this anywhere, in the I/O thread too.
+    thread = threading.Thread(target=writer.abort, name="strapfmt-release", daemon=True)
+    thread.start()
+    thread.join(_PATIENCE_S)
+    warnings.warn(
+        f"{writer.path}: this recorder was dropped without close(), what was written since its last commit is lost; "
+        "write inside `with strapfmt.create(...) as rec:`",
+        ResourceWarning,
+        stacklevel=2,
+    )
 
 
 def _token_row(site: str, token_row: Integers | None, n: int) -> _Int64:
