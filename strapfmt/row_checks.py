@@ -19,6 +19,7 @@ __all__ = ["TABLE_IDS", "TableIds", "check_columns", "check_count", "check_ids",
 Array = npt.NDArray[Any]
 
 _INT64_MAX = (1 << 63) - 1
+_INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,31 +136,31 @@ def check_columns(
     return columns
 
 
-def _statistic(site: SiteSpec, name: str, values: Any, n_rows: int) -> Array:
-    array = np.asarray(values)
-    is_count = name == "n_nonfinite"
-    if array.shape != (n_rows,) or array.dtype.kind not in ("iu" if is_count else "fiu"):
-        raise ArgumentError(
-            f"site {site.name!r}: {name}: expected [{n_rows}] {'whole numbers' if is_count else 'numbers'}, got "
-            f"{list(array.shape)} of {array.dtype}"
-        )
-    if not is_count:
-        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite
-            return array.astype(np.float32, copy=False)
-    counts = array.astype(np.int32, copy=False)
-    if np.any(counts != array):
-        raise ArgumentError(
-            f"site {site.name!r}: {name}: expected numbers that int32 holds, got {array[counts != array][0]}"
-        )
-    return counts
-
-
 def check_ids(table: str, ids: Array, last: int, rank: int) -> None:
-    """Check the ids of rows of a table, of which `last` was the last one used."""
+    """Check the ids of rows of a table, at least one, of which `last` was the last one used."""
     what = f"table {table!r}: {TABLE_IDS[table].column}"
-    _check_rank(what, ids, rank)
+    _check_rank(what, int(ids.min()), int(ids.max()), rank)
     if TABLE_IDS[table].counter:
         _check_rising(what, ids, last)
+
+
+def _statistic(site: SiteSpec, name: str, values: Any, n_rows: int) -> Array:
+    array = np.asarray(values)
+    storage = _INT32 if name == "n_nonfinite" else _FLOAT32
+    if array.shape != (n_rows,) or array.dtype.kind not in ("iu" if storage is _INT32 else "fiu"):
+        what = "whole numbers" if storage is _INT32 else "numbers"
+        raise ArgumentError(
+            f"site {site.name!r}: {name}: expected [{n_rows}] {what}, got {list(array.shape)} of {array.dtype}"
+        )
+    if array.dtype == storage:
+        return array
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite
+        converted = array.astype(storage)
+    if storage is _INT32 and np.any(converted != array):
+        raise ArgumentError(
+            f"site {site.name!r}: {name}: expected numbers that int32 holds, got {array[converted != array][0]}"
+        )
+    return converted
 
 
 def _integers(site: SiteSpec, name: str, values: int | Array, n_rows: int) -> Array:
@@ -170,16 +171,18 @@ def _integers(site: SiteSpec, name: str, values: int | Array, n_rows: int) -> Ar
         )
     if array.dtype.kind == "u" and array.size and array.max() > _INT64_MAX:
         raise ArgumentError(f"site {site.name!r}: {name}: expected at most {_INT64_MAX}, got {array.max()}")
-    return np.broadcast_to(array, (n_rows,)).astype(np.int64, copy=False)
+    return array.astype(np.int64, copy=False) if array.shape else np.full(n_rows, array, np.int64)
 
 
 def _check_rows(site: SiteSpec, rows: Array, last_row: int, rank: int) -> None:
-    _check_rising(f"site {site.name!r}: rows", rows, last_row)
-    _check_rank(f"site {site.name!r}: rows", rows, rank)
+    if len(rows):
+        what = f"site {site.name!r}: rows"
+        _check_rising(what, rows, last_row)
+        _check_rank(what, int(rows[0]), int(rows[-1]), rank)
 
 
 def _check_rising(what: str, ids: Array, last: int) -> None:
-    if len(ids) and (ids[0] <= last or np.any(ids[1:] <= ids[:-1])):
+    if ids[0] <= last or (len(ids) > 1 and np.any(ids[1:] <= ids[:-1])):
         at = int(np.argmax(ids <= np.concatenate([[last], ids[:-1]])))
         raise ArgumentError(
             f"{what}: expected strictly increasing ids above {last}, the last one used; got {ids[at]} after "
@@ -187,9 +190,10 @@ def _check_rising(what: str, ids: Array, last: int) -> None:
         )
 
 
-def _check_rank(what: str, ids: Array, rank: int) -> None:
-    if np.any(ids >> spec.RANK_SHIFT != rank):
-        wrong = ids[ids >> spec.RANK_SHIFT != rank][0]
-        raise ArgumentError(
-            f"{what}: expected ids of rank {rank} (rank << {spec.RANK_SHIFT} | n, as reserve() gives them), got {wrong}"
-        )
+def _check_rank(what: str, least: int, most: int, rank: int) -> None:
+    for found in (least, most):
+        if found >> spec.RANK_SHIFT != rank:
+            raise ArgumentError(
+                f"{what}: expected ids of rank {rank} (rank << {spec.RANK_SHIFT} | n, as reserve() gives them), got "
+                f"{found}"
+            )
