@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 import warnings
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
@@ -25,6 +23,7 @@ from strapfmt.schema import SiteSpec
 from strapfmt.writer import COMMIT_INTERVAL_S, DatasetWriter
 from strapfmt_capture.arguments import as_integer, as_seconds, check_tokenizer, tags_text
 from strapfmt_capture.given import GivenRows, Tensor
+from strapfmt_capture.open_step import OpenStep
 from strapfmt_capture.provenance import describe_tokenizer, describe_versions
 from strapfmt_capture.statistics import RowStatistics, check_statistics
 from strapfmt_capture.token_rows import TokenBook, TokenRows, integers
@@ -146,7 +145,7 @@ class Recorder:
         self._book = TokenBook(writer, n_sequences=n_sequences, tokenizer=tokenizer, tags=tags)
         self._statistics = RowStatistics()
         self._next_calls: dict[str, int] = {}
-        self._step: _Step | None = None
+        self._step: OpenStep | None = None
         self._forgotten = weakref.finalize(self, _release, writer)
         self._forgotten.atexit = False  # the end of the process releases everything by itself
 
@@ -307,9 +306,9 @@ class Recorder:
         self._forgotten.detach()  # the writer ends here, well or by its own abort
         self._writer.close()
 
-    def _begin(self) -> _Step:
+    def _begin(self) -> OpenStep:
         if self._step is None:
-            self._step = _Step(number=self._writer.reserve("step", 1))
+            self._step = OpenStep(number=self._writer.reserve("step", 1))
         return self._step
 
     def _end(self, status: str, reason: str | None) -> None:
@@ -364,35 +363,6 @@ class Recorder:
                 f"{known.row_space!r}, as written before; got {rows.dtype} {rows.shape} in {row_space!r}"
             )
         return known
-
-
-@dataclass(slots=True)
-class _Step:
-    """A step under way."""
-
-    number: int
-    phase: str = "prefill"
-    rows: list[TokenRows] = field(default_factory=list)
-    started_ns: int = field(default_factory=time.time_ns)
-    started_s: float = field(default_factory=time.perf_counter)
-
-    def columns(self, status: str, reason: str | None, next_row: int) -> dict[str, list[Any]]:
-        """Its row of the `steps` table; `next_row` is the next free row."""
-        parts = [part for part in self.rows if len(part)]
-        sequences = np.concatenate([part.sequence_id for part in parts]) if parts else np.empty(0, np.int64)
-        counts = np.unique(sequences, return_counts=True)[1]
-        return {
-            "step": [self.number],
-            "phase": [self.phase],
-            "n_sequences": [len(counts)],
-            "n_query": [int(counts.max(initial=0))],
-            "n_rows": [len(sequences)],
-            "first_row": [int(parts[0].rows[0]) if parts else next_row],
-            "started_ns": [self.started_ns],
-            "duration_s": [time.perf_counter() - self.started_s],
-            "status": [status],
-            "reason": [reason],
-        }
 
 
 def _release(writer: DatasetWriter) -> None:
