@@ -79,13 +79,14 @@ def write_dataset(
     *,
     words: Sequence[str] = ("the", "cat", "sat", "on", "mat"),
     batch_bytes: int = 2048,
+    shard_bytes: int = 1 << 30,
     rank: int = 0,
     mode: str = "create",
     **spec: object,
 ) -> np.ndarray:
     """Write sites that hold every token, and the tokens; return the row ids."""
     n = len(next(iter(sites.values())))
-    writer = DatasetWriter(path, rank=rank, mode=mode, batch_bytes=batch_bytes)
+    writer = DatasetWriter(path, rank=rank, mode=mode, batch_bytes=batch_bytes, shard_bytes=shard_bytes)
     rows = np.arange(n) + writer.reserve("row", n)
     for name, values in sites.items():
         write_site(writer, name, values, rows, **spec)

@@ -16,15 +16,16 @@ PACKAGES = {"strapfmt": ROOT / "strapfmt", "strapfmt_capture": ROOT / "capture" 
 # of the lines above its own, and no other unit of its own line.
 LAYERS: list[set[str]] = [
     {"spec", "errors", "text"},
-    {"dtypes", "codecs", "extras", "batches", "bits", "paths", "json_fields"},
-    {"schema", "arrowfile"},
+    {"dtypes", "codecs", "extras", "batches", "bits", "paths", "json_fields", "arguments"},
+    {"schema", "arrowfile", "records"},
     {"manifest", "index"},
     {"layout", "commit", "mapped", "report", "row_checks", "row_buffer"},
     {"ranks", "shard", "shard_files", "claim", "salvage", "unfinished"},
     {"shard_reader", "series"},
     {"site_writer", "sharded", "addresses", "table"},
+    {"arrow_rows"},
     {"site"},
-    {"writer", "sequence"},
+    {"writer", "sequence", "sites_view"},
     {"reader"},
     {"query", "loader", "verify", "repair", "testing"},
     {"dataset"},
@@ -43,7 +44,9 @@ READING = {
     "shard_reader",
     "addresses",
     "sharded",
+    "arrow_rows",
     "site",
+    "sites_view",
     "sequence",
     "reader",
     "query",
@@ -60,7 +63,7 @@ FORBIDDEN: dict[str, set[str]] = {
 ONLY_ANNOTATED = {("sequence", "reader")}
 
 EVERYWHERE = set().union(*LAYERS)
-STDLIB_ONLY = {"spec", "errors", "text", "extras", "json_fields"}
+STDLIB_ONLY = {"spec", "errors", "text", "extras", "json_fields", "records"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +94,8 @@ THIRD_PARTY: dict[str, Allowed] = {
         }
         | {"strapfmt", "cli"},
     ),
-    "duckdb": Allowed(at_top={"query"}, inside=set()),
+    # Inside functions only: a process that runs no SQL, such as a worker of a DataLoader, never loads it.
+    "duckdb": Allowed(at_top=set(), inside={"query"}),
     "pandas": Allowed(at_top=set(), inside={"query", "reader"}),
     "polars": Allowed(at_top=set(), inside={"query", "reader"}),
     "transformers": Allowed(at_top=set(), inside={"strapfmt_capture", "cli"}),

@@ -25,6 +25,7 @@ from strapfmt.dataset import Dataset
 from strapfmt.errors import ArgumentError, CorruptError, MissingExtraError, QueryError
 from strapfmt.query import Result, Source, run_query
 from strapfmt.query.decode import DECODED, float8_values
+from strapfmt.query.relations import Relations
 from strapfmt.query.run import _connect
 from strapfmt.query.statement import read_statement
 from strapfmt.writer import DatasetWriter
@@ -221,6 +222,14 @@ def test_statements_that_only_look_are_answered(ds, query):
     assert len(ds.sql(query.format(f'"{PRE}"'))) > 0
 
 
+@pytest.mark.parametrize(
+    "sample", ["using sample 10%", "tablesample reservoir(7 rows)", "using sample 3% (bernoulli, 42)"]
+)
+def test_samples_are_answered(ds, sample):
+    assert len(ds.sql(f"select row from tokens {sample}")) <= N
+    assert len(ds.sql(f'select activation from "{PRE}" {sample}')) <= N
+
+
 def test_show_tables_lists_every_name_and_opens_none(ds):
     names = dict(ds.sql("show tables").fetchall())
     assert set(names) == {*ds.tables, "sites", "stats", "activations", *ds.names}
@@ -250,6 +259,25 @@ def test_a_site_called_like_a_table_gets_a_prefix(tmp_path):
         assert dataset.sql('select sum(abs_max) from "site:tokens"').fetchall() == [(3.0,)]
 
 
+def test_prefixes_are_added_until_a_name_is_free(tmp_path):
+    fills = {"tokens": 1.0, "site:tokens": 2.0, "Site:Site:Tokens": 3.0, "STATS": 4.0, "__strap_0": 5.0}
+    write_dataset(tmp_path / "a.strap", {name: torch.full((3, 1), fill) for name, fill in fills.items()})
+    with Dataset(tmp_path / "a.strap") as dataset:
+        names = {
+            "site:site:site:tokens": 1.0,
+            "site:tokens": 2.0,
+            "Site:Site:Tokens": 3.0,
+            "site:STATS": 4.0,
+            "site:__strap_0": 5.0,
+        }
+        assert {*names} < set(dict(dataset.sql("show tables").fetchall()))
+        for name, fill in names.items():
+            assert dataset.sql(f'select max(abs_max) from "{name}"').fetchall() == [(fill,)]
+        for name, fill in fills.items():
+            assert sum(len(batch) for batch in dataset[name].scan(where=f"abs_max = {fill}")) == 3
+        assert len(dataset.sql("select * from activations join stats using (site, row)")) == 15
+
+
 def test_hostile_site_names_are_only_names(tmp_path):
     names = ['a"; drop table tokens; --', "it's", "x' union select 1 --", "ü\n\u202e"]
     write_dataset(tmp_path / "a.strap", {name: torch.ones(2, 1) for name in names})
@@ -267,6 +295,24 @@ def test_an_empty_dataset_answers(tmp_path):
     with Dataset(tmp_path / "a.strap") as dataset:
         for name in ("tokens", "steps", "sites", "stats", "activations"):
             assert len(dataset.sql(f"select * from {name}")) == 0
+
+
+def test_many_shards_are_few_relations(tmp_path):
+    n = 1_000
+    sites = {"x": torch.arange(n)[:, None].float(), "y": torch.ones(n, 1)}
+    write_dataset(tmp_path / "a.strap", sites, batch_bytes=1, shard_bytes=1, statistics=())
+    with Dataset(tmp_path / "a.strap") as dataset:
+        assert {len(entry.shards) for entry in dataset.manifests[0].sites} == {n}
+        query = "select sum(activation[1]) from activations join tokens using (row) where site = 'x'"
+        assert dataset.sql(query).fetchall() == [(n * (n - 1) / 2,)]
+        with contextlib.closing(_connect(None)) as connection:
+            statement = read_statement(connection, query)
+            Relations(connection, dataset._source, statement, []).register()
+            found = connection.execute(
+                "select view_name, sql from duckdb_views() where not internal"
+            ).fetchall()
+        assert len(found) == 4  # tokens, x, y, and activations over these
+        assert max(sql.count("UNION ALL") for _, sql in found if sql) == 1
 
 
 def test_ranks_are_one_relation(tmp_path):
@@ -297,7 +343,25 @@ def test_named_parameters_and_numpy_numbers(ds):
     assert ds.sql("select $a::int + $b::int", {"a": np.int64(2), "b": torch.tensor(3)}).fetchall() == [(5,)]
 
 
-@pytest.mark.parametrize("params", ["text", [np.zeros((2, 2))], [np.zeros(0)], [np.array(["a"])]])
+def test_a_vector_as_wide_as_a_wide_site_is_a_parameter(ds, values):
+    vector = torch.ones(WIDE)
+    query = "select list_inner_product(activation, ?) from wide order by row"
+    got = [row[0] for row in ds.sql(query, [vector])]
+    assert got == pytest.approx(values["wide"].float().sum(dim=1).tolist(), rel=1e-3, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        "text",
+        [np.zeros((2, 2))],
+        [np.zeros(0)],
+        [np.array(["a"])],
+        5,
+        torch.tensor(5),
+        [torch.empty(2, device="meta")],
+    ],
+)
 def test_parameters_that_are_no_values_are_refused(ds, params):
     with pytest.raises(ArgumentError, match="params"):
         ds.sql("select ?", params)
@@ -320,13 +384,27 @@ def test_a_query_stops_at_ctrl_c(ds):
 
 
 def test_a_query_stops_at_its_memory_limit(ds):
-    with pytest.raises(QueryError, match="Out of Memory"):
+    with pytest.raises(QueryError, match="Out of Memory") as caught:
         ds.sql("select list(range) from range(100000000)", memory_limit="50MB")
+    assert "memory_limit=" in str(caught.value)
+    assert "SET " not in str(caught.value)
 
 
-def test_a_timeout_must_be_a_time(ds):
-    with pytest.raises(ArgumentError, match="timeout_s"):
-        ds.sql("select 1", timeout_s=0)
+@pytest.mark.parametrize("timeout_s", [0, -1, "a", float("nan"), True, [1]])
+def test_a_timeout_must_be_a_time(ds, timeout_s):
+    with pytest.raises(ArgumentError, match="timeout_s: expected a number of seconds above 0"):
+        ds.sql("select 1", timeout_s=timeout_s)
+
+
+def test_a_timeout_may_be_endless(ds):
+    assert ds.sql("select 1", timeout_s=math.inf).fetchall() == [(1,)]
+
+
+def test_a_memory_limit_is_text(ds):
+    with pytest.raises(ArgumentError, match="memory_limit: expected text such as '4GB'"):
+        ds.sql("select 1", memory_limit=5)
+    with pytest.raises(QueryError, match="Memory"):
+        ds.sql("select 1", memory_limit="a lot")
 
 
 def test_what_is_no_text_is_refused(ds):
@@ -409,6 +487,11 @@ NOT_THIS_DATASET = [
     "from seq_scan(1)",
     "from duckdb_secrets()",
     "from duckdb_settings()",
+    "from pg_settings",
+    "select * from PG_CATALOG.PG_SETTINGS",
+    "select current_setting('secret_directory')",
+    "select system.main.Current_Setting('secret_directory')",
+    "select * from tokens where token = current_setting('threads')::varchar",
     "from which_secret('{file}', 's3')",
     "select __internal_decompress_string(1::utinyint)",
     "select * from a_table_in_python",
@@ -468,7 +551,7 @@ def test_a_query_too_deep_for_the_parser_is_an_error(ds):
 
 WORDS = st.sampled_from(
     f"""select from tokens * ( ) , row where with as "{PRE}" ' " -- /* group by order limit 1 . :: [ ] $1 ? ; x lambda
-        describe explain union all pivot not null \0 \U0001f600""".split()
+        describe explain union all pivot sample tablesample using 10% rows not null \0 \U0001f600""".split()
 )
 
 
@@ -513,6 +596,15 @@ def test_nothing_is_leaked_at_exit(path):
         ('select * from "blocks.0.resid_pots"', f'"{POST}"'),
         ("select * from token", '"tokens"'),
         ("select * from zzz", "SHOW TABLES"),
+        (f'show "{PRE}"', f'DESCRIBE "{PRE}" lists the columns'),
+        ("show tokens", 'DESCRIBE "tokens"'),
+        ("select * from memory.main.tokens", "write it alone"),
+        ("select array_inner_product(activation, activation) from wide", "use list_inner_product()"),
+        ("select array_distance(activation, [1, 2]) from wide", "use list_distance()"),
+        (
+            f'select l2_norm from "{PRE}" join "{POST}" using (row)',
+            f'write "{PRE}".l2_norm or "{POST}".l2_norm',
+        ),
         ("select nocolumn from tokens", "Referenced column"),
         ("select 'blocks.0.resid_post' frm tokens x y", "syntax error"),
     ],
@@ -522,6 +614,13 @@ def test_errors_name_what_was_probably_meant(ds, query, hint):
         ds.sql(query)
     assert hint in str(caught.value)
     assert "pg_" not in str(caught.value)
+
+
+@pytest.mark.parametrize("query", [f'show "{PRE}"', "show tokens", "select * from memory.main.tokens"])
+def test_no_hint_proposes_what_was_written(ds, query):
+    with pytest.raises(QueryError) as caught:
+        ds.sql(query)
+    assert "did you mean" not in str(caught.value)
 
 
 def test_a_name_inside_a_text_gives_no_hint(ds):
@@ -680,6 +779,15 @@ def test_a_null_becomes_nan_and_is_refused_in_whole_numbers(ds):
     assert math.isnan(next(iter(got.values()))[1])
     with pytest.raises(ArgumentError, match="coalesce"):
         ds.sql("select 1 as n union all select null").to_torch()
+
+
+def test_a_row_without_a_tensor_is_named_as_the_reason(ds):
+    result = ds.sql("select activation from tokens left join wide using (row) limit 4")
+    with pytest.raises(ArgumentError, match=r"NULL.* in 2 of 4 rows.*WHERE \"activation\" IS NOT NULL"):
+        result.to_torch()
+    result = ds.sql(f'select activation as a from tokens left join (from "{PRE}" where row < 3) using (row)')
+    with pytest.raises(ArgumentError, match=r"NULL.* in 97 of 100 rows"):
+        result.to_torch()
 
 
 @pytest.mark.parametrize(

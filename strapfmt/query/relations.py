@@ -11,20 +11,25 @@ stats, activations    all sites below one another: site, row (null for a site wi
 ====================  =============================================================================================
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from __future__ import annotations
 
-import duckdb
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
 import pyarrow as pa
-from duckdb.func import PythonUDFType
 
 from strapfmt import spec
 from strapfmt.errors import QueryError, StrapfmtError
 from strapfmt.query.decode import DECODED, array_type, as_registered, decoder
-from strapfmt.query.statement import NAMES_TABLE, Statement
+from strapfmt.query.statement import NAMES_TABLE, Statement, quoted
 from strapfmt.schema import SiteSpec, site_schema
 
-__all__ = ["Relations", "Source", "StoredSite", "quoted"]
+if TYPE_CHECKING:
+    import duckdb
+
+__all__ = ["Relations", "Source", "StoredSite"]
+
+_OURS = "__strap_"  # begins the names of what is registered behind the views
 
 _LONG = ("stats", "activations")
 _STATISTICS = {name: pa.int32() if name == "n_nonfinite" else pa.float32() for name in spec.STATISTICS}
@@ -73,16 +78,20 @@ class Source:
         self, *, tables: Mapping[str, Callable[[], pa.Table]], sites: Mapping[str, StoredSite]
     ) -> None:
         self.tables, self.sites = dict(tables), dict(sites)
+        self._names = _names_of(self.sites, {*self.tables, *_LONG})
         self._read: dict[tuple[str, bool], pa.Table] = {}
 
     def names(self) -> dict[str, str]:
         """Every name SQL can use, with its kind: "table" or "site"."""
         names = dict.fromkeys([*self.tables, *_LONG], "table")
-        return names | {self.name_of(site): "site" for site in self.sites}
+        return names | dict.fromkeys(self._names.values(), "site")
 
     def name_of(self, site: str) -> str:
-        """Return the name of a site in SQL: its own, or `site:NAME` where a table is called so."""
-        return f"site:{site}" if site.lower() in {*self.tables, *_LONG} else site
+        """Return the name of a site in SQL.
+
+        Its own; where a table is called so, with `site:` in front, as often as no other site is called so.
+        """
+        return self._names[site]
 
     def read(self, name: str, *, with_tensor: bool) -> pa.Table:
         """Return all rows of a site as DuckDB can take them, with the activation or without."""
@@ -93,6 +102,24 @@ class Source:
             columns = None if with_tensor else _small_columns(site.spec)
             self._read[name, with_tensor] = _registered(site.to_arrow(columns, verify=False), site.spec)
         return self._read[name, with_tensor]
+
+    def forget(self) -> None:
+        """Let go of everything it holds; nothing can be queried afterwards."""
+        for held in (self.tables, self.sites, self._names, self._read):
+            held.clear()
+
+
+def _names_of(sites: Iterable[str], tables: set[str]) -> dict[str, str]:
+    """Return the name in SQL of every site."""
+    taken = tables | {site.lower() for site in sites}
+    names = {}
+    for site in sites:
+        name = site
+        if site.lower() in tables or site.lower().startswith(_OURS):
+            while name.lower() in taken:
+                name = f"site:{name}"
+        names[site] = name
+    return names
 
 
 class Relations:
@@ -126,6 +153,8 @@ class Relations:
 
     def register(self) -> None:
         """Register every relation the statement names and this source has."""
+        for path in self._statement.relations:
+            self._check(path)
         found = [self._resolve(path[-1]) for path in self._statement.relations]
         names = dict.fromkeys(name for name in found if name is not None)
         for name in names:
@@ -135,6 +164,11 @@ class Relations:
                     f"{quoted(name)} and {quoted(clash)} differ only in case, which SQL cannot tell apart"
                 )
             self._register(name)
+
+    def _check(self, path: tuple[str, ...]) -> None:
+        """Refuse the one view of DuckDB's own that shows settings, unless it is a site that is called so."""
+        if path[-1].lower() == "pg_settings" and (len(path) > 1 or self._resolve(path[-1]) is None):
+            raise QueryError("pg_settings is not available: a query sees this dataset and no settings")
 
     def _resolve(self, name: str) -> str | None:
         if name in self._names or name == NAMES_TABLE:
@@ -188,10 +222,13 @@ class Relations:
         return f"activation::{array_type(site, 'BOOLEAN')}" if site.dtype == "bool" else "activation"
 
     def _function(self, site: SiteSpec, *, as_list: bool) -> str:
+        import duckdb
+        from duckdb.func import PythonUDFType
+
         stored, returned = array_type(site), "FLOAT[]" if as_list else array_type(site, "FLOAT")
         key = (site.dtype, stored, returned)
         if key not in self._functions:
-            name = f"__strap_decode_{len(self._functions)}"
+            name = f"{_OURS}decode_{len(self._functions)}"
             function = decoder(site, as_list=as_list)
             self._connection.create_function(
                 name,
@@ -206,7 +243,7 @@ class Relations:
 
     def _raw_name(self, name: str) -> str:
         if name not in self._raw:
-            self._raw[name] = f"__strap_{len(self._raw)}"
+            self._raw[name] = f"{_OURS}{len(self._raw)}"
             self._connection.register(self._raw[name], self._stored(self._sites[name]))
         return self._raw[name]
 
@@ -234,11 +271,6 @@ class _Stream:
         except StrapfmtError as error:
             self._failures.append(error)
             raise
-
-
-def quoted(name: str) -> str:
-    """Return `name` as a quoted SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def _small_columns(site: SiteSpec) -> list[str]:

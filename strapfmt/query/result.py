@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from strapfmt.errors import ArgumentError
 from strapfmt.extras import require
+from strapfmt.query.statement import quoted
 from strapfmt.query.table_text import cells, text_table
 
 if TYPE_CHECKING:
@@ -141,10 +142,15 @@ def _numbers(name: str, column: pa.ChunkedArray) -> np.ndarray[Any, np.dtype[Any
     """Return a column as a fresh NumPy array."""
     array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     kind = array.type
-    if pa.types.is_fixed_size_list(kind) and array.null_count == 0:
+    if pa.types.is_nested(kind) and array.null_count:
+        raise ArgumentError(
+            f"column {name!r} has no value (NULL) in {array.null_count} of {len(array)} rows, as an outer join gives; "
+            f"add WHERE {quoted(name)} IS NOT NULL to the query"
+        )
+    if pa.types.is_fixed_size_list(kind):
         values = array.values.slice(array.offset * kind.list_size, len(array) * kind.list_size)
         return _flat_numbers(name, values).reshape(len(array), kind.list_size)
-    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and array.null_count == 0:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         lengths = np.diff(array.offsets.to_numpy())
         if len(set(lengths.tolist())) > 1:
             raise ArgumentError(

@@ -1,22 +1,27 @@
 """One query: a fresh, closed-off DuckDB in memory, one statement, its result as Arrow, everything released."""
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING
 
-import duckdb
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from strapfmt import spec
+from strapfmt.arguments import array_of_tensor, as_seconds
 from strapfmt.errors import ArgumentError, QueryError, StrapfmtError
 from strapfmt.query.decode import SQL_ELEMENTS
 from strapfmt.query.hints import explained
 from strapfmt.query.relations import Relations, Source
 from strapfmt.query.result import Result
 from strapfmt.query.statement import read_statement
+
+if TYPE_CHECKING:
+    import duckdb
 
 __all__ = ["run_query"]
 
@@ -53,7 +58,7 @@ def run_query(
         One SELECT in DuckDB's SQL (also FROM, WITH, VALUES, DESCRIBE, SUMMARIZE, SHOW TABLES, EXPLAIN).
     params : sequence or mapping, optional
         Values for `?` or `$name`. A one-dimensional NumPy array or tensor becomes an ARRAY of its element type, a
-        bfloat16 or float16 one an ARRAY of FLOAT.
+        bfloat16 or float16 one an ARRAY of FLOAT, one of more than 100,000 numbers a list.
     timeout_s : float, optional
         Interrupt after this many seconds. DuckDB stops at its next check, which a single huge value can delay.
     memory_limit : str, optional
@@ -70,12 +75,18 @@ def run_query(
         raise ArgumentError(f"query: expected SQL text, got {type(query).__name__}")
     if any("\ud800" <= character <= "\udfff" for character in query):
         raise QueryError("the query holds half of a surrogate pair, which is no text")
+    if memory_limit is not None and not isinstance(memory_limit, str):
+        raise ArgumentError(f"memory_limit: expected text such as '4GB', got {memory_limit!r}")
+    values, wait_s = _parameters(params), None if timeout_s is None else as_seconds("timeout_s", timeout_s)
     failures: list[StrapfmtError] = []
+    # Inside functions, here and elsewhere: a worker process that has loaded it prints of leaks when it ends.
+    import duckdb
+
     try:
         with closing(_connect(memory_limit)) as connection:
             statement = read_statement(connection, query)
             Relations(connection, source, statement, failures).register()
-            return Result(_answer(connection, statement.text, _parameters(params), timeout_s))
+            return Result(_answer(connection, statement.text, values, wait_s))
     except duckdb.Error as error:
         if failures:
             raise failures[0] from None
@@ -83,6 +94,8 @@ def run_query(
 
 
 def _connect(memory_limit: str | None) -> duckdb.DuckDBPyConnection:
+    import duckdb
+
     limit = {} if memory_limit is None else {"memory_limit": memory_limit}
     return duckdb.connect(":memory:", config={**_CLOSED_OFF, **limit})
 
@@ -91,12 +104,11 @@ def _answer(
     connection: duckdb.DuckDBPyConnection, query: str, params: Parameters | None, timeout_s: float | None
 ) -> pa.Table:
     """Run a query in a thread of its own: one that runs inside DuckDB sees neither a deadline nor Ctrl-C."""
-    if timeout_s is not None and not timeout_s > 0:
-        raise ArgumentError(f"timeout_s: expected a number of seconds above 0, got {timeout_s!r}")
+    wait_s = None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX)
     with ThreadPoolExecutor(1, thread_name_prefix="strapfmt-sql") as pool:
         answer = pool.submit(lambda: connection.sql(query, params=params).to_arrow_table())
         try:
-            wait([answer], timeout_s)
+            wait([answer], wait_s)
         finally:
             is_late = not answer.done()
             while not answer.done():  # an interrupt before the query has begun is lost
@@ -112,16 +124,20 @@ def _parameters(params: Parameters | None) -> Parameters | None:
         return None
     if isinstance(params, Mapping):
         return {name: _parameter(value) for name, value in params.items()}
-    if isinstance(params, (str, bytes)):
+    if isinstance(params, (str, bytes)) or not _is_iterable(params):
         raise ArgumentError(
             f"params: expected a list of values or a mapping of names to values, got {params!r}"
         )
     return [_parameter(value) for value in params]
 
 
+def _is_iterable(params: object) -> bool:
+    return isinstance(params, Iterable) and getattr(params, "ndim", 1) != 0
+
+
 def _parameter(value: object) -> object:
     if hasattr(value, "detach"):  # a tensor; torch itself is not needed
-        value = _array_of_tensor(value)
+        value = array_of_tensor("params", value)[()]  # one of no dimension becomes a number
     if isinstance(value, np.generic):
         return value.item()
     if not isinstance(value, np.ndarray):
@@ -129,17 +145,12 @@ def _parameter(value: object) -> object:
     if value.dtype == np.float16:
         value = value.astype(np.float32)
     element = SQL_ELEMENTS.get(value.dtype.name)
-    if value.ndim != 1 or element is None or not 0 < len(value) <= spec.MAX_DUCKDB_ARRAY:
+    if value.ndim != 1 or element is None or not len(value):
         raise ArgumentError(
-            f"params: expected arrays of one dimension, 1 to {spec.MAX_DUCKDB_ARRAY} numbers; "
+            "params: expected arrays of one dimension, at least one number; "
             f"got {value.dtype} of shape {value.shape}"
         )
-    return duckdb.Value(value.tolist(), duckdb.sqltype(f"{element}[{len(value)}]"))
+    import duckdb
 
-
-def _array_of_tensor(tensor: Any) -> NDArray[np.generic]:
-    tensor = tensor.detach().cpu()
-    if tensor.is_floating_point() and tensor.element_size() < 4:
-        tensor = tensor.float()
-    array: NDArray[np.generic] = tensor.numpy()
-    return array[()]  # a tensor of no dimension becomes a scalar
+    size = len(value) if len(value) <= spec.MAX_DUCKDB_ARRAY else ""  # beyond, as sites are, a list
+    return duckdb.Value(value.tolist(), duckdb.sqltype(f"{element}[{size}]"))

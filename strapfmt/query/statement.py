@@ -4,17 +4,20 @@ DuckDB's settings close the file system, but some table functions act at once or
 pass; and knowing the relations a query names is what keeps a query over one site from opening all of them.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-
-import duckdb
+from typing import TYPE_CHECKING, Any
 
 from strapfmt.errors import ArgumentError, QueryError
 
-__all__ = ["NAMES_TABLE", "TABLE_FUNCTIONS", "Statement", "check_condition", "read_statement"]
+if TYPE_CHECKING:
+    import duckdb
+
+__all__ = ["NAMES_TABLE", "TABLE_FUNCTIONS", "Statement", "check_condition", "quoted", "read_statement"]
 
 NAMES_TABLE = "__strap_names"  # what SHOW TABLES reads
 
@@ -80,6 +83,8 @@ def read_statement(connection: duckdb.DuckDBPyConnection, query: str) -> Stateme
     duckdb.Error
         If DuckDB cannot parse it.
     """
+    import duckdb
+
     statements = connection.extract_statements(query)
     if len(statements) != 1:
         raise QueryError(f"{_ONE_SELECT}; found {len(statements)} statements")
@@ -103,6 +108,11 @@ def read_statement(connection: duckdb.DuckDBPyConnection, query: str) -> Stateme
     return _describe(before + select, nodes)
 
 
+def quoted(name: str) -> str:
+    """Return `name` as a quoted SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
 def check_condition(condition: str) -> None:
     """Check that a text is one SQL expression, so that brackets around it hold all of it.
 
@@ -113,6 +123,8 @@ def check_condition(condition: str) -> None:
     QueryError
         If it is no expression, or more than one.
     """
+    import duckdb
+
     if not isinstance(condition, str) or not condition.strip():
         raise ArgumentError(f"where: expected an SQL condition, got {condition!r}")
     # What parses bare and in brackets neither closes a bracket that it did not open nor goes on with another clause.
@@ -170,6 +182,11 @@ def _check(node: Node) -> None:
             f"(available: {', '.join(sorted(TABLE_FUNCTIONS))}). To join other data, take this dataset out with "
             "to_arrow() and use your own DuckDB connection"
         )
+    if function.lower() == "current_setting":
+        raise QueryError(f"function {function}() is not available: a query sees this dataset and no settings")
+    if node.get("show_type") == "SHOW" and node.get("query") is None:
+        name = str(node.get("table_name"))
+        raise QueryError(f"the only SHOW is SHOW TABLES; DESCRIBE {quoted(name)} lists the columns of one")
     if function.startswith("__"):
         raise QueryError(f"function {function}() is internal to DuckDB or strapfmt and not available")
 
@@ -197,7 +214,7 @@ def _describe(text: str, nodes: list[Node]) -> Statement:
 
 def _names_all_columns(node: Node) -> bool:
     return (
-        node.get("type") in {"STAR", "PIVOT"}
+        node.get("type") in ("STAR", "PIVOT")  # what a sample calls `type` is no text
         or node.get("class") == "POSITIONAL_REFERENCE"
         or node.get("ref_type") == "NATURAL"
         or bool(node.get("column_name_alias"))
