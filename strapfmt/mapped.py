@@ -48,10 +48,11 @@ def read_file(root: Path, name: str, limit_bytes: int) -> bytes:
         os.close(fd)
 
 
-def map_file(root: Path, name: str, n_bytes: int) -> memoryview:
-    """Map the first `n_bytes` of a file, writable and private: a write changes this process's pages, never the file.
+def map_file(root: Path, name: str, n_bytes: int, *, writable: bool = False) -> memoryview:
+    """Map the first `n_bytes` of a file.
 
-    The mapping lives as long as anything that refers to the returned memory (tensors, Arrow buffers), and holds no
+    Where `writable`, a write changes this process's pages of this map, never the file nor another map of it. The
+    mapping lives as long as anything that refers to the returned memory (tensors, Arrow buffers), and holds no
     descriptor. A file that is still called `.arrow.open` in the manifest may have been sealed since; then the sealed
     file, which begins with the same bytes, is mapped.
 
@@ -66,7 +67,8 @@ def map_file(root: Path, name: str, n_bytes: int) -> memoryview:
         fd = _open(root, name)
     except FileNotFoundError as error:
         if name.endswith(spec.OPEN_SUFFIX):
-            return map_file(root, name.removesuffix(spec.OPEN_SUFFIX) + spec.DATA_SUFFIX, n_bytes)
+            sealed = name.removesuffix(spec.OPEN_SUFFIX) + spec.DATA_SUFFIX
+            return map_file(root, sealed, n_bytes, writable=writable)
         raise DatasetChangedError(
             f"{root / name}: the file is gone; if a writer is at work call refresh(), else the dataset is incomplete"
         ) from error
@@ -76,7 +78,10 @@ def map_file(root: Path, name: str, n_bytes: int) -> memoryview:
             raise CorruptError(
                 f"{root / name}: expected at least {n_bytes} bytes, got {size}; the file was cut"
             )
-        return memoryview(_Mapping.of(fd, n_bytes)).cast("B") if n_bytes else memoryview(b"")
+        if not n_bytes:
+            return memoryview(b"")
+        memory = memoryview(_Mapping.of(fd, n_bytes, writable=writable)).cast("B")
+        return memory if writable else memory.toreadonly()
     finally:
         os.close(fd)
 
@@ -85,8 +90,8 @@ class _Mapping:
     """Makes ctypes arrays over mapped memory that unmap themselves when the last reference goes."""
 
     @staticmethod
-    def of(fd: int, n_bytes: int) -> ctypes.Array[ctypes.c_char]:
-        protection = mmap.PROT_READ | mmap.PROT_WRITE
+    def of(fd: int, n_bytes: int, *, writable: bool) -> ctypes.Array[ctypes.c_char]:
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         address = _libc.mmap(None, n_bytes, protection, mmap.MAP_PRIVATE | _MAP_NORESERVE, fd, 0)
         if address is None or address == ctypes.c_void_p(-1).value:
             code = ctypes.get_errno()

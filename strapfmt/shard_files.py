@@ -28,7 +28,7 @@ __all__ = ["ShardFiles"]
 
 @dataclass(slots=True)
 class _Mapped:
-    """The maps of a shard, made on first use."""
+    """The files of a shard in memory."""
 
     data: memoryview
     tail: memoryview
@@ -60,6 +60,7 @@ class ShardFiles:
         self._site, self._layout = site, layout or Layout()
         self._index: ShardIndex | None = None
         self._mapped: _Mapped | None = None
+        self._lent: _Mapped | None = None
         self._making = threading.RLock()
         self._verified: npt.NDArray[np.bool_] = np.zeros(0, bool)
         for part in shard.parts:
@@ -112,6 +113,8 @@ class ShardFiles:
     def pin(self) -> None:
         """Open what a live writer may replace."""
         _ = self.index, self._maps
+        if self._has_views and not self.shard.is_sealed:
+            _ = self._lent_maps
 
     def verify(self, first: int, last: int) -> None:
         """Compare the hashes of batches `first` to `last` (exclusive) with the index, each once.
@@ -160,15 +163,29 @@ class ShardFiles:
             raise CorruptError(f"{self.place_of(number)}: the header's checksum does not match its bytes")
 
     @property
+    def _has_views(self) -> bool:
+        return self._site is not None and not self._site.is_ragged and self.is_plain
+
+    @property
     def _maps(self) -> _Mapped:
+        """The memory that is read, hashed and gathered from; nobody can write into it."""
         if self._mapped is None:
             # Made once: where threads replaced each other's maps, addresses taken of one would outlive it.
             with self._making, self._changes_told():
                 if self._mapped is None:
-                    self._mapped = self._map()
+                    self._mapped = self._map(writable=False)
         return self._mapped
 
-    def _map(self) -> _Mapped:
+    @property
+    def _lent_maps(self) -> _Mapped:
+        """The same files in other memory, which views are of: PyTorch's tensors can be written into."""
+        if self._lent is None:
+            with self._making, self._changes_told():
+                if self._lent is None:
+                    self._lent = self._map(writable=True)
+        return self._lent
+
+    def _map(self, *, writable: bool) -> _Mapped:
         index, data, tail = self.index, self._part("data"), self.shard.part("tail")
         if data.n_bytes != index.data_end():
             raise CorruptError(
@@ -176,10 +193,10 @@ class ShardFiles:
             )
         if (tail is not None) != index.has_tail:
             raise CorruptError(f"{self.place}: manifest and index disagree on whether there is a tail")
-        mapped = _Mapped(map_file(self.root, data.file, data.n_bytes), memoryview(b""))
+        mapped = _Mapped(map_file(self.root, data.file, data.n_bytes, writable=writable), memoryview(b""))
         self._check_ends(mapped.data, data, is_tail=False)
         if tail is not None:
-            mapped.tail = map_file(self.root, tail.file, tail.n_bytes)
+            mapped.tail = map_file(self.root, tail.file, tail.n_bytes, writable=writable)
             self._check_ends(mapped.tail, tail, is_tail=True)
         if self.shard.is_sealed:
             # Its index may have been read long before: a dataset written anew meanwhile has files of the same names.

@@ -92,20 +92,19 @@ class ShardReader(ShardFiles):
 
     def body(self, number: int) -> memoryview:
         """Return the memory of one batch's activations (plain codecs and fixed shapes only)."""
-        entry, site = self.index.batches[number], self._fixed_site()
-        start = int(entry["offset"]) + int(entry["header_bytes"])
-        return self._memory(number)[start : start + int(entry["n_rows"]) * site.row_bytes]
+        return self._memory(number)[self._body_range(number)]
 
     def view(self, number: int) -> torch.Tensor:
-        """Return one batch's activations as a tensor [n_rows, *shape] that aliases the map."""
+        """Return one batch's activations as a tensor [n_rows, *shape] that aliases the map of views."""
         import torch
 
-        site = self._fixed_site()
-        flat = torch.frombuffer(self.body(number), dtype=site.stored_dtype.torch)
+        maps, site = self._lent_maps, self._fixed_site()
+        memory = maps.tail if self._in_tail(number) else maps.data
+        flat = torch.frombuffer(memory[self._body_range(number)], dtype=site.stored_dtype.torch)
         return flat.view(-1, *site.shape)
 
     def views(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (first ordinal, tensor [n_batches, batch_rows, *shape]) for every stride; all alias the map."""
+        """Yield (first ordinal, tensor [n_batches, batch_rows, *shape]) for every stride, all of the map of views."""
         first = 0
         while first < self.n_batches:
             stop = self._stride_end(first)
@@ -151,8 +150,12 @@ class ShardReader(ShardFiles):
             raise AssertionError("only sites of a fixed shape lie as tensors")
         return self._site
 
+    def _body_range(self, number: int) -> slice:
+        start = int(self._body_starts[number])
+        return slice(start, start + int(self.index.batches["n_rows"][number]) * self._fixed_site().row_bytes)
+
     def _decoded(self, number: int) -> Array:
-        """Return one batch's activations as storage numbers, [n_rows, row_values]; do not write into it."""
+        """Return one batch's activations as storage numbers, [n_rows, row_values]."""
         site = self._fixed_site()
         if self.is_plain:
             return np.frombuffer(self.body(number), site.stored_dtype.numpy).reshape(-1, site.row_values)
@@ -190,7 +193,7 @@ class ShardReader(ShardFiles):
         begin, stride = int(starts[first]), int(starts[first + 1] - starts[first])
         n_rows = int(batches["n_rows"][first])
         end = int(starts[stop - 1]) + n_rows * site.row_bytes
-        flat = torch.frombuffer(self._maps.data[begin:end], dtype=site.stored_dtype.torch)
+        flat = torch.frombuffer(self._lent_maps.data[begin:end], dtype=site.stored_dtype.torch)
         inner = torch.empty(site.shape, device="meta").stride()
         return flat.as_strided((stop - first, n_rows, *site.shape), (stride // item, site.row_values, *inner))
 

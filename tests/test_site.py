@@ -77,9 +77,13 @@ def test_one_body_is_a_view_of_the_map_by_address(tmp_path: Path, dtype: str) ->
         assert bits(site.tensor()) == model.values("x").tobytes()
         copies = [site.tensor(copy=True), site[::2], site.take([1]), site.gather([1])]
         assert not any(is_mapped(tensor, "000000.arrow") for tensor in copies)
-        table = site.to_arrow()
-        buffer = table["activation"].chunk(0).flatten().buffers()[1]
-        assert buffer.address == site.tensor().data_ptr()
+        assert {t.data_ptr() for t in (site.tensor(), site[:], next(site.views()).tensor)} == {
+            site[0].data_ptr()
+        }
+        buffer = site.to_arrow()["activation"].chunk(0).flatten().buffers()[1]
+        assert any(begin <= buffer.address < end for begin, end in mapped_ranges("000000.arrow"))
+        assert buffer.address != site.tensor().data_ptr()
+        assert not buffer.is_mutable
 
 
 @pytest.mark.parametrize(("shape", "batch_bytes"), [((8,), 1024), ((5, 3), 1000), ((), 64)])
@@ -113,17 +117,57 @@ def test_a_view_outlives_the_reader(tmp_path: Path) -> None:
     assert mapped_ranges(str(tmp_path)) == []
 
 
-def test_writing_into_a_view_changes_this_process_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("verify", ["touch", "always"])
+@pytest.mark.parametrize("is_sealed", [True, False])
+def test_writing_into_a_view_changes_views_and_nothing_else(
+    tmp_path: Path, verify: Any, is_sealed: bool
+) -> None:
+    path = tmp_path / "a.strap"
+    values = np.arange(N * 8, dtype=np.float32).reshape(N, 8)
+    with DatasetWriter(path) as writer:
+        writer.add_site(site_of())
+        writer.write("x", values, rows=np.arange(N), statistics={})
+        writer.commit()
+        if is_sealed:
+            writer.close()
+        files = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+        with Reader(path, verify=verify) as reader:
+            site = reader["x"]
+            tensor = site.tensor()
+            tensor.zero_()
+            site[2:5].add_(1)
+            for view in site.views():
+                view.tensor.add_(1)
+            assert site[:].unique().tolist() == [1.0, 2.0]  # views share their memory
+            assert bits(site.take([3, 99])) == values[[3, 99]].tobytes()
+            assert bits(site.gather([3])) == values[3].tobytes()
+            assert bits(site[::2]) == values[::2].tobytes()
+            assert bits(site.tensor(copy=True)) == values.tobytes()
+            scanned = [b.column("activation").flatten().to_numpy() for b in site.scan()]
+            assert np.concatenate(scanned).tobytes() == values.tobytes()
+            assert site.to_arrow()["activation"].chunk(0).flatten().to_numpy().tobytes() == values.tobytes()
+            site.verify_batches(0, site.n_batches)
+        assert {file: file.read_bytes() for file in files} == files
+
+
+def test_views_of_an_unfinished_shard_outlive_the_next_commits(tmp_path: Path) -> None:
+    values = np.arange(N * 8, dtype=np.float32).reshape(N, 8)
+    with DatasetWriter(tmp_path / "a.strap", batch_bytes=1 << 20) as writer:
+        writer.add_site(site_of())
+        writer.write("x", values[:50], rows=np.arange(50), statistics={})
+        writer.commit()
+        with Reader(tmp_path / "a.strap") as reader:
+            writer.write("x", values[50:], rows=np.arange(50, N), statistics={})
+            writer.commit()
+            assert bits(reader["x"].tensor(copy=False)) == values[:50].tobytes()
+            assert reader.refresh()
+            assert bits(reader["x"].tensor()) == values.tobytes()
+
+
+def test_writing_into_a_view_never_reaches_the_file(tmp_path: Path) -> None:
     model = write(tmp_path / "a.strap", site_of())
-    files = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     with Reader(tmp_path / "a.strap") as reader:
-        tensor = reader["x"].tensor()
-        tensor.zero_()
-        for view in reader["x"].views():
-            view.tensor.add_(1)
-        assert tensor.unique().tolist() == [1.0]
-        assert bits(reader["x"].take([3])) == bits(tensor[3])
-    assert {file: file.read_bytes() for file in files} == files
+        reader["x"].tensor().zero_()
     with Reader(tmp_path / "a.strap", verify="always") as reader:
         assert bits(reader["x"].tensor()) == model.values("x").tobytes()
 
