@@ -10,6 +10,7 @@ from strapfmt import spec
 from strapfmt.arrowfile import digest
 from strapfmt.errors import ArgumentError, CorruptError, UnsupportedError
 from strapfmt.json_fields import Fields, refuse_constant, unique_keys
+from strapfmt.records import BOOLEAN, TEXT, array, checked, text_like, whole
 from strapfmt.schema import SiteSpec
 
 __all__ = ["Counts", "Layout", "Manifest", "Part", "Shard", "SiteEntry", "TableEntry", "file_slug"]
@@ -368,12 +369,12 @@ def _shards(fields: Fields, *, has_rows: bool) -> tuple[Shard, ...]:
     shards = []
     previous = -1
     for i, value in enumerate(fields.array("shards", spec.MAX_SHARDS)):
-        inner = Fields(value, f"{fields.path}.shards.{i}", fields.problems)
-        shard = _shard(inner, has_rows=has_rows)
+        path = f"{fields.path}.shards.{i}"
+        shard = _shard(value, path, fields.problems, has_rows=has_rows)
         if shard.first_row is not None and shard.last_row is not None:
             if not previous < shard.first_row <= shard.last_row - shard.n_rows + 1:
-                inner.problems.append(
-                    f"{inner.path}: expected {shard.n_rows} rows after {previous}, "
+                fields.problems.append(
+                    f"{path}: expected {shard.n_rows} rows after {previous}, "
                     f"got {shard.first_row}..{shard.last_row}"
                 )
             previous = shard.last_row
@@ -381,30 +382,24 @@ def _shards(fields: Fields, *, has_rows: bool) -> tuple[Shard, ...]:
     return tuple(shards)
 
 
-def _shard(fields: Fields, *, has_rows: bool) -> Shard:
-    parts = []
-    for i, value in enumerate(fields.array("parts", 64)):
-        part = Fields(value, f"{fields.path}.parts.{i}", fields.problems)
-        parts.append(
-            Part(
-                role=part.text("role"),
-                file=part.text("file", pattern=_SAFE_FILE),
-                codec=part.text("codec"),
-                must_understand=part.boolean("must_understand"),
-                n_bytes=part.integer("n_bytes"),
-                hash=part.text("hash", pattern=_HASH),
-            )
-        )
+def _shard(value: Json, path: str, problems: list[str], *, has_rows: bool) -> Shard:
+    values = checked(value, _SITE_SHARD if has_rows else _TABLE_SHARD, path, problems)
+    parts = [
+        Part(**checked(part, _PART, f"{path}.parts.{i}", problems)) for i, part in enumerate(values["parts"])
+    ]
     roles = [part.role for part in parts if part.role in ROLES]
-    if sorted(roles) != sorted(set(roles)) or not {"data", "index"} <= set(roles):
-        fields.problems.append(
-            f"{fields.path}.parts: expected one data, one index and at most one tail, got {roles}"
-        )
-    return Shard(
-        n_rows=fields.integer("n_rows", 1),
-        first_row=fields.integer("first_row") if has_rows else None,
-        last_row=fields.integer("last_row") if has_rows else None,
-        is_sealed=fields.boolean("is_sealed"),
-        session=fields.integer("session", 0, 1 << 20),
-        parts=tuple(parts),
-    )
+    if len(roles) != len(set(roles)) or "data" not in roles or "index" not in roles:
+        problems.append(f"{path}.parts: expected one data, one index and at most one tail, got {roles}")
+    return Shard(**{**values, "parts": tuple(parts)})
+
+
+_PART = {
+    "role": TEXT,
+    "file": text_like(_SAFE_FILE),
+    "codec": TEXT,
+    "must_understand": BOOLEAN,
+    "n_bytes": whole(),
+    "hash": text_like(_HASH),
+}
+_TABLE_SHARD = {"n_rows": whole(1), "is_sealed": BOOLEAN, "session": whole(0, 1 << 20), "parts": array(64)}
+_SITE_SHARD = {**_TABLE_SHARD, "first_row": whole(), "last_row": whole()}
