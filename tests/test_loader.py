@@ -3,6 +3,8 @@
 import itertools
 import json
 import pickle
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -16,6 +18,7 @@ from strapfmt.errors import (
     ArgumentError,
     CorruptError,
     DatasetChangedError,
+    QueryError,
     RowNotFoundError,
     SiteNotFoundError,
 )
@@ -223,6 +226,13 @@ def test_going_through_again_goes_on_to_the_next_epoch(ds, shuffle):
     assert not same(once, twice)
 
 
+@pytest.mark.parametrize("epoch", [-1, 0.5, "1", None, True])
+def test_an_epoch_is_a_count(ds, epoch):
+    loader = ds.loader("a", **OPTIONS)
+    with pytest.raises(ArgumentError, match="epoch: expected a whole number >= 0"):
+        loader.epoch = epoch
+
+
 def test_breaking_off_begins_the_epoch_again(ds):
     loader = ds.loader("a", shuffle="full", **OPTIONS)
     first = next(iter(loader))
@@ -310,6 +320,21 @@ def test_the_state_of_another_loader_is_refused(ds, change, named):
         ds.loader("a", **{"shuffle": "block", **OPTIONS, **change}).load_state_dict(state)
 
 
+def test_a_state_of_fewer_rows_says_that_the_site_has_grown(tmp_path):
+    path = tmp_path / "a.strap"
+    write_dataset(path, {"x": torch.ones(300, 2)})
+    with Dataset(path) as dataset:
+        state = dataset.loader("x", batch_size=8).state_dict()
+        rows = dataset["x"].rows
+    write_dataset(path, {"x": torch.ones(300, 2)}, mode="append")
+    with Dataset(path) as dataset:
+        with pytest.raises(ArgumentError, match=r"grown from 300 to 600.*rows=") as caught:
+            dataset.loader("x", batch_size=8).load_state_dict(state)
+        assert state["loader"]["rows"] not in str(caught.value)
+        with pytest.raises(ArgumentError, match=r"\(rows: they are not the same ones\)"):
+            dataset.loader("x", batch_size=8, rows=rows + 1).load_state_dict(state)
+
+
 @pytest.mark.parametrize("state", [None, 5, "{}", [1]])
 def test_what_is_no_state_is_refused(ds, state):
     with pytest.raises(ArgumentError, match="state_dict"):
@@ -351,6 +376,58 @@ def test_dataloader_yields_the_same_batches_in_the_same_order(ds, shuffle, worke
     got = torch.utils.data.DataLoader(loader, batch_size=None, num_workers=workers)
     assert len(got) == len(expected)
     assert same(list(got), expected)
+
+
+def through_workers(loader, context="fork", **options):
+    options = {"num_workers": 2, "batch_size": None, "multiprocessing_context": context, **options}
+    return torch.utils.data.DataLoader(loader, **options)
+
+
+def test_the_place_in_workers_is_told_from_the_place_here(ds):
+    loader = ds.loader("a", shuffle="full", **OPTIONS)
+    state = loader.state_dict()
+    first = list(through_workers(loader))
+    with pytest.raises(ArgumentError, match=r"workers of a DataLoader .*count its batches"):
+        loader.state_dict()
+    loader.load_state_dict({**state, "batch": 5})  # 5 of them were counted
+    assert same(list(loader), first[5:])
+    assert loader.state_dict()["epoch"] == 1  # it went through the rest here
+    list(through_workers(loader))
+    loader.epoch = 1
+    assert loader.state_dict()["epoch"] == 1
+    assert len(next(iter(loader))) == 2
+    pickle.loads(pickle.dumps(loader)).state_dict()  # noqa: S301 - written here
+
+
+def test_each_pass_of_new_workers_begins_where_the_loader_stands(ds):
+    loader = ds.loader("a", shuffle="full", **OPTIONS)
+    once, again = list(through_workers(loader)), list(through_workers(loader))
+    assert same(once, again)
+    loader.epoch = 1
+    assert not same(once, list(through_workers(loader)))
+    persistent = through_workers(ds.loader("a", shuffle="full", **OPTIONS), persistent_workers=True)
+    assert same(list(persistent), once)
+    assert not same(list(persistent), once)
+
+
+def test_spawned_workers_print_nothing_and_tell_their_place(path, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import strapfmt, sys, torch
+
+if __name__ == "__main__":
+    loader = strapfmt.open({str(path)!r}).loader("a", batch_size=16, shuffle=True)
+    state = loader.state_dict()
+    options = dict(batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    print(len(list(torch.utils.data.DataLoader(loader, **options))), "duckdb" in sys.modules)
+    try:
+        loader.state_dict()
+    except strapfmt.ArgumentError as error:
+        print(str(error)[:12])
+""")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert done.stdout == "15 False\nstate_dict()\n"
+    assert done.stderr == ""
 
 
 def test_workers_resume_too(ds):
@@ -475,6 +552,9 @@ def test_block_shuffle_holds_one_pool_and_its_batches(tmp_path):
         ("a", {"batch_size": "5"}, "batch_size"),
         ("a", {"batch_size": None}, "batch_size"),
         ("a", {"batch_size": True}, "batch_size"),
+        ("a", {"rows": [[1], [1, 2]]}, "rows: expected integers"),
+        (None, {}, "sites: expected a name"),
+        (["a", "b"], {"where": "l2_norm > 1"}, "write a.l2_norm or b.l2_norm"),
         ("a", {"epochs": 1.5}, "epochs"),
         ("a", {"shuffle": []}, "shuffle"),
         ("a", {"seed": "a"}, "seed"),
@@ -491,7 +571,7 @@ def test_block_shuffle_holds_one_pool_and_its_batches(tmp_path):
     ],
 )
 def test_mistakes_are_named(ds, sites, options, message):
-    with pytest.raises(ArgumentError, match=message):
+    with pytest.raises((ArgumentError, QueryError), match=message):
         ds.loader(sites, **{"batch_size": 4, **options})
 
 

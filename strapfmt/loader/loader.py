@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.context import get_spawning_popen
+from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from strapfmt.arguments import as_integer, as_names
 from strapfmt.errors import ArgumentError
 from strapfmt.loader.buffers import Buffers
-from strapfmt.loader.order import FULL_SHUFFLE_BYTES, FULL_SHUFFLE_ROWS, Epoch, Order, Shuffle, is_whole
+from strapfmt.loader.order import FULL_SHUFFLE_BYTES, FULL_SHUFFLE_ROWS, Epoch, Order, Shuffle
 from strapfmt.loader.selection import Selection, Sites, as_integers
 
 __all__ = ["Batch", "Loader"]
@@ -33,8 +37,9 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
     order, and going through it again continues with the next epochs. Record batches are hashed when first touched.
 
     It is a `torch.utils.data.IterableDataset`: `DataLoader(loader, batch_size=None, num_workers=2)` yields the same
-    batches in the same order. The place (`state_dict`, `epoch`) then moves in the workers only; set `loader.epoch`
-    before each pass.
+    batches in the same order. The place (`state_dict`, `epoch`) then moves in the workers only, each pass begins where
+    this loader stands, and `state_dict()` raises: set `loader.epoch` before each pass, take the state then, and count
+    the batches, `state | {"batch": n}`. Persistent workers go on to the next epoch by themselves.
 
     Parameters
     ----------
@@ -87,14 +92,17 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         epochs: int | None = 1,
         pool_rows: int | None = None,
     ) -> None:
-        _check_counts(batch_size=batch_size, epochs=epochs, pool_rows=pool_rows)
+        batch_size = as_integer("batch_size", batch_size, least=1)
+        epochs = None if epochs is None else as_integer("epochs", epochs, least=1)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ArgumentError(f"dtype: expected a torch.dtype such as torch.float32, got {dtype!r}")
-        self.names = [names] if isinstance(names, str) else list(names)
+        self.names = as_names("sites", names)
         self.batch_size, self.drop_last, self.epochs = batch_size, drop_last, epochs
         self.dtype, self.with_rows = dtype, with_rows
         self._selection = Selection(dataset, self.names, rows)
-        pool = max(1, POOL_BYTES // self._selection.row_bytes) if pool_rows is None else pool_rows
+        pool = max(1, POOL_BYTES // self._selection.row_bytes)
+        if pool_rows is not None:
+            pool = as_integer("pool_rows", pool_rows, least=1)
         self._order = Order(
             n_rows=self._selection.n_rows,
             kind=_kind(shuffle, self._selection),
@@ -111,6 +119,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         self._first_epoch, self._epoch, self._batch = 0, 0, 0
         self._is_resumed = False
         self._hash: str | None = None
+        self._is_in_workers = _shared_flag()
 
     # Going through it.
 
@@ -133,7 +142,8 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
-        self._first_epoch, self._epoch, self._batch = epoch, epoch, 0
+        epoch = as_integer("epoch", epoch, least=0)
+        self._go_to(epoch, epoch, 0)
         self._is_resumed = False
 
     def __len__(self) -> int:
@@ -148,6 +158,10 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         self._is_resumed = False
         return self._run()
 
+    def _go_to(self, first_epoch: int, epoch: int, batch: int) -> None:
+        self._first_epoch, self._epoch, self._batch = first_epoch, epoch, batch
+        self._is_in_workers.value = torch.utils.data.get_worker_info() is not None
+
     def _run(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -156,7 +170,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         while self.n_batches and (self.epochs is None or epoch < first + self.epochs):
             mine = range(start + (number - n_passed) % count, self.n_batches, count)
             for batch, values in self._batches(self._order.epoch(epoch), mine, buffers):
-                self._first_epoch, self._epoch, self._batch = first, epoch, batch + 1
+                self._go_to(first, epoch, batch + 1)
                 yield values
             n_passed += self.n_batches - start
             epoch, start = epoch + 1, 0
@@ -215,7 +229,19 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
     # Its place.
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place after the last batch handed out: small, plain, fit for JSON."""
+        """Return the place after the last batch handed out: small, plain, fit for JSON.
+
+        Raises
+        ------
+        ArgumentError
+            If workers of a DataLoader went through it since, who alone know the place.
+        """
+        if self._is_in_workers.value and torch.utils.data.get_worker_info() is None:
+            raise ArgumentError(
+                "state_dict(): workers of a DataLoader went through this loader, and the place moved in them only; "
+                'take the state before the pass and count its batches, state | {"batch": n}, or use num_workers=0. '
+                "Setting loader.epoch says where the next pass begins"
+            )
         return {
             "version": _STATE_VERSION,
             "first_epoch": self._first_epoch,
@@ -239,7 +265,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         mine, theirs = self._identity(), dict(state.get("loader", {}))
         differing = [key for key in mine if mine[key] != theirs.get(key)]
         if differing:
-            what = "; ".join(f"{key}: here {mine[key]!r}, there {theirs.get(key)!r}" for key in differing)
+            what = "; ".join(_difference(key, mine, theirs) for key in differing)
             raise ArgumentError(f"state: it belongs to another loader ({what})")
         place = [state.get(key) for key in ("first_epoch", "epoch", "batch")]
         if not all(type(number) is int and number >= 0 for number in place):
@@ -249,7 +275,7 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
             raise ArgumentError(
                 f"state: expected epoch >= {first} and batch <= {self.n_batches}, got {epoch} and {batch}"
             )
-        self._first_epoch, self._epoch, self._batch = first, epoch, batch
+        self._go_to(first, epoch, batch)
         self._is_resumed = True
 
     def _identity(self) -> dict[str, Any]:
@@ -269,6 +295,17 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
             "shard": list(self._order.shard),
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if (
+            get_spawning_popen() is None
+        ):  # shared memory goes to processes that are being started, and nowhere else
+            del state["_is_in_workers"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"_is_in_workers": _shared_flag(), **state})
+
     def __repr__(self) -> str:
         return (
             f"Loader({', '.join(self.names)}: {self._order.size} rows in {self.n_batches} batches "
@@ -276,10 +313,22 @@ class Loader(torch.utils.data.IterableDataset[Batch]):
         )
 
 
-def _check_counts(**counts: Any) -> None:
-    for name, count in counts.items():
-        if not (is_whole(count) and count >= 1) and not (count is None and name != "batch_size"):
-            raise ArgumentError(f"{name}: expected a whole number >= 1, got {count!r}")
+def _shared_flag() -> Any:
+    """Return a flag that worker processes, forked or spawned, share with this one."""
+    return RawValue(ctypes.c_bool, False)
+
+
+def _difference(key: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    here, there = mine[key], theirs.get(key)
+    if key == "n_rows" and isinstance(there, int):
+        change = "grown" if here > there else "shrunk"
+        return (
+            f"n_rows: the rows have {change} from {there} to {here}; if the dataset was appended to, choose the rows "
+            "of before with rows="
+        )
+    if key == "rows":
+        return "rows: they are not the same ones"
+    return f"{key}: here {here!r}, there {there!r}"
 
 
 def _kind(shuffle: bool | str, selection: Selection) -> Shuffle:

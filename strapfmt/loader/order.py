@@ -19,9 +19,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from strapfmt.arguments import as_integer
 from strapfmt.errors import ArgumentError
 
-__all__ = ["FULL_SHUFFLE_BYTES", "FULL_SHUFFLE_ROWS", "Epoch", "Order", "Shuffle", "is_whole"]
+__all__ = ["FULL_SHUFFLE_BYTES", "FULL_SHUFFLE_ROWS", "Epoch", "Order", "Shuffle"]
 
 Shuffle = Literal["none", "full", "block"]
 Integers = NDArray[np.int64]
@@ -59,13 +60,12 @@ class Order:
     shard: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
-        is_pair = (
-            isinstance(self.shard, (tuple, list)) and len(self.shard) == 2 and all(map(is_whole, self.shard))
-        )
-        if not is_pair or not 0 <= self.shard[0] < self.shard[1]:
+        is_pair = isinstance(self.shard, (tuple, list)) and len(self.shard) == 2
+        index, count = (as_integer("shard", number) for number in self.shard) if is_pair else (0, 0)
+        if not 0 <= index < count:
             raise ArgumentError(f"shard: expected (index, count) with 0 <= index < count, got {self.shard!r}")
-        if not is_whole(self.seed) or self.seed < 0:
-            raise ArgumentError(f"seed: expected a whole number >= 0, got {self.seed!r}")
+        object.__setattr__(self, "shard", (index, count))
+        object.__setattr__(self, "seed", as_integer("seed", self.seed, least=0))
 
     @property
     def begin(self) -> int:
@@ -143,11 +143,6 @@ class Epoch:
         places = np.arange(start, stop, dtype=np.int64)
         block = np.searchsorted(self._places, places, "right") - 1
         return self._starts[block] + places - self._places[block]
-
-
-def is_whole(value: object) -> bool:
-    """Whether this is a whole number, of Python or NumPy, and no bool."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _permutation(n: int, *key: int) -> Integers:
