@@ -4,8 +4,6 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
-from strapfmt.errors import ArgumentError
-
 __all__ = ["limited", "resized"]
 
 
@@ -18,8 +16,6 @@ def limited(batches: Iterator[pa.RecordBatch], limit: int) -> Iterator[pa.Record
 
 def resized(batches: Iterator[pa.RecordBatch], size: int, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Yield batches of `size` rows, the last one shorter; they are copies where stored batches are joined."""
-    if size < 1:
-        raise ArgumentError(f"batch_size: expected at least 1, got {size}")
     kept: list[pa.RecordBatch] = []
     n_kept = 0
     for batch in batches:

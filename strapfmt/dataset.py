@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from strapfmt.errors import ArgumentError
+from strapfmt.arguments import as_names
+from strapfmt.errors import ArgumentError, QueryError
 from strapfmt.query import Result, Source, check_condition, quoted, run_query
 from strapfmt.reader import Reader
 from strapfmt.site import Site
@@ -70,7 +72,8 @@ class Dataset(Reader):
                                 expected, written, dropped
         "blocks.3.resid_post"   one view per site, its name in double quotes: row, statistics, activation (ARRAY; a list
                                 for ragged sites and beyond 100,000 values). A site that numbers its rows itself has
-                                own_row, token_row and call instead of row
+                                own_row, token_row and call instead of row. One that is called like a table here is
+                                "site:NAME", with `site:` in front as often as no other site is called so
         stats, activations      all sites below one another: site, row, token_row, own_row, and statistics or the
                                 activation as FLOAT[]
         ======================  =======================================================================================
@@ -125,6 +128,10 @@ class Dataset(Reader):
 
         It resumes exactly: `state_dict()` is small and JSON-ready. Record batches are hashed when first touched.
 
+        In a `DataLoader` with worker processes the place moves in these only: every pass begins where the loader here
+        stands, so set `loader.epoch` before each, and `state_dict()` raises after one: take the state before, and count
+        the batches, `state | {"batch": n}`.
+
         Parameters
         ----------
         sites : str or sequence of str
@@ -138,9 +145,11 @@ class Dataset(Reader):
         where : str, optional
             An SQL condition over the columns of `tokens` and of the sites: `"not is_special and l2_norm < 1000"`.
             Statistics leave out values that are not finite, so a row of NaN alone has an l2_norm of 0: add
-            `and n_nonfinite = 0` where that matters.
+            `and n_nonfinite = 0` where that matters. A column that several have is written
+            `"blocks.3.resid_post".l2_norm`; a site that numbers its rows itself has own_row and token_row, no row.
         rows : int64 array, optional
-            Only these row ids of tokens (and, with `where`, only those of them that it keeps).
+            Only these row ids of tokens (and, with `where`, only those of them that it keeps), each once. Their order
+            means nothing: without shuffling rows come as they are stored.
         own_rows : int64 array, optional
             The same for a site that numbers its rows itself: its own numbers, `own_row` in SQL.
         drop_last : bool
@@ -164,10 +173,10 @@ class Dataset(Reader):
         """
         from strapfmt.loader import Loader
 
-        names = [sites] if isinstance(sites, str) else list(sites)
+        names = as_names("sites", sites)
         chosen = self._chosen(names, rows, own_rows)
         if where is not None:
-            kept = self._rows_where([self[name] for name in names], where)
+            kept = self._rows_where(self._source, [self[name] for name in names], where)
             if not len(kept):
                 raise ArgumentError(f"where: no row of {', '.join(names)} has {where!r}")
             if chosen is not None and not np.isin(chosen, kept).any():
@@ -188,13 +197,6 @@ class Dataset(Reader):
             pool_rows=pool_rows,
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Dataset._reopen, (str(self.path), self.verify)
-
-    @classmethod
-    def _reopen(cls, path: str, verify: Verify) -> Dataset:
-        return cls(path, verify=verify)
-
     def __repr__(self) -> str:
         if self._is_closed:
             return f"Dataset {shown_path(self.path)}: closed"
@@ -212,15 +214,16 @@ class Dataset(Reader):
 
     def _load(self, manifests: dict[int, Manifest], *, is_whole: bool) -> None:
         super()._load(manifests, is_whole=is_whole)
-        for site in self._sites.values():
-            site.resolve_where = self._rows_of_site_where
         tables = {name: view.to_arrow for name, view in self.tables.items()}
         self._source = Source(tables={**tables, "sites": self._site_listing}, sites=self.sites)
+        for site in self._sites.values():
+            # A site keeps the state that it is of, also after `refresh`.
+            site.resolve_where = partial(self._rows_of_site_where, self._source)
 
     def close(self) -> None:
         """Let go of all maps; tensors and tables that were handed out keep theirs alive."""
         super().close()
-        self._source = Source(tables={}, sites={})
+        self._source.forget()
 
     def _chosen(
         self, names: Sequence[str], rows: npt.ArrayLike | None, own_rows: npt.ArrayLike | None
@@ -254,24 +257,38 @@ class Dataset(Reader):
         ]
         return pa.Table.from_pylist(rows, schema=_SITES_SCHEMA)
 
-    def _rows_of_site_where(self, site: Site, where: str) -> Integers:
-        return self._rows_where([site], where)
+    def _rows_of_site_where(self, source: Source, site: Site, where: str) -> Integers:
+        return self._rows_where(source, [site], where)
 
-    def _rows_where(self, sites: Sequence[Site], where: str) -> Integers:
+    def _rows_where(self, source: Source, sites: Sequence[Site], where: str) -> Integers:
         """Return the row ids that all of `sites` hold and a condition over them and their tokens keeps, ascending."""
+        self._check_open()
         check_condition(where)
-        source = self._source
         first, *others = [quoted(source.name_of(site.name)) for site in sites]
-        if sites[0].row_space == "own":
-            row, tokens = f"{first}.own_row", f"LEFT JOIN tokens ON tokens.row = {first}.token_row"
+        is_own = sites[0].row_space == "own"
+        if is_own:
+            row, tokens = (
+                f"{first}.own_row",
+                f"LEFT JOIN tokens ON tokens.row = {first}.token_row {_SECOND_ROW}",
+            )
         else:
             row, tokens = "row", "LEFT JOIN tokens USING (row)"
         joined = "".join(f" JOIN {other} USING (row)" for other in others)
         query = f"SELECT {row} AS id FROM {first}{joined} {tokens} WHERE (\n{where}\n)"
-        result = run_query(source, query)
+        try:
+            result = run_query(source, query)
+        except QueryError as error:
+            if is_own and 'ambiguous reference to column name "row"' in str(error).lower():
+                raise QueryError(
+                    f"where: site {sites[0].name!r} numbers its rows itself, so `row` alone could mean two things; "
+                    "write own_row for the site's own numbers, token_row for those of its tokens"
+                ) from None
+            raise
         return np.sort(result.to_arrow()["id"].to_numpy())
 
 
+#: No rows, and a column `row` besides that of tokens: DuckDB then refuses a `row` that does not say whose it is.
+_SECOND_ROW = "LEFT JOIN (SELECT NULL::BIGINT AS row WHERE false) AS __strap_second ON true"
 _SITES_SCHEMA = pa.schema(
     {
         "name": pa.utf8(),

@@ -15,6 +15,7 @@
     ├── WriteError (OSError)                  the disk refused; the cause is chained, its errno kept
     ├── SiteNotFoundError (LookupError)       no such site, with near misses
     ├── RowNotFoundError (LookupError)        a row id that this site does not hold
+    ├── OrdinalNotFoundError (IndexError)     an ordinal beyond a site's rows
     ├── ViewError (ValueError)                a zero-copy view was demanded and cannot be given
     ├── ArgumentError (ValueError)            an argument is wrong
     ├── QueryError (ValueError)               SQL was refused or failed
@@ -41,6 +42,7 @@ __all__ = [
     "DrainError",
     "FormatError",
     "MissingExtraError",
+    "OrdinalNotFoundError",
     "QueryError",
     "RingFullError",
     "RowNotFoundError",
@@ -140,6 +142,18 @@ class RowNotFoundError(StrapfmtError, LookupError):
             f"site {site!r} holds no row {shown}"
             f"{' ...' if len(self.missing) > 5 else ''} ({len(self.missing)} of the rows asked for are missing); "
             "take() wants row ids as in the `row` column, use site[i:j] for ordinals"
+        )
+
+
+class OrdinalNotFoundError(StrapfmtError, IndexError):
+    """Ordinals that a site of `n_rows` rows does not have; `missing` lists the first of them."""
+
+    def __init__(self, site: str, n_rows: int, missing: Iterable[int]) -> None:
+        self.site, self.n_rows, self.missing = site, n_rows, list(missing)
+        shown = ", ".join(map(str, self.missing[:5]))
+        super().__init__(
+            f"site {site!r} has {n_rows} rows, got ordinal {shown}{' ...' if len(self.missing) > 5 else ''}; ordinals "
+            "count from 0, take() wants row ids as in the `row` column"
         )
 
 

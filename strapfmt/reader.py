@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -13,30 +13,29 @@ import numpy as np
 import numpy.typing as npt
 
 from strapfmt import spec
+from strapfmt.arguments import as_integer, as_names, integers_of
 from strapfmt.errors import (
     ArgumentError,
     CorruptError,
     DatasetChangedError,
     DatasetClosedError,
-    SiteNotFoundError,
     UnsupportedError,
 )
-from strapfmt.manifest import Manifest, Shard
+from strapfmt.manifest import Manifest, Shard, SiteEntry
 from strapfmt.paths import absolute_path
 from strapfmt.ranks import read_manifests
-from strapfmt.report import RankReport, Report, SiteReport, shape_text
+from strapfmt.report import RankReport, Report, SiteReport
 from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, site_schema
-from strapfmt.sequence import SequenceView
+from strapfmt.sequence import SequenceView, Tokens
 from strapfmt.shard_reader import ShardReader
-from strapfmt.sharded import integers_of
 from strapfmt.site import Site
+from strapfmt.sites_view import SitesView
 from strapfmt.table import TableView
-from strapfmt.text import table_of
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Reader", "SitesView", "TableView"]
+__all__ = ["Reader", "TableView"]
 
 Array = npt.NDArray[Any]
 Verify = Literal["touch", "always"]
@@ -93,10 +92,10 @@ class Reader:
         """Make everything anew; not `is_whole`: no writer moved on, and yet files are missing."""
         before = self._shards
         self._shards = {}
+        self._roots = {rank: self.path / spec.RANK_DIRECTORY.format(rank=rank) for rank in manifests}
         sites: dict[str, Site] = {}
-        names = [entry.spec.name for manifest in manifests.values() for entry in manifest.sites]
-        for name in dict.fromkeys(names):
-            sites[name] = self._load_site(name, manifests, before)
+        for name, entries in _by_site(manifests).items():
+            sites[name] = self._load_site(entries, before)
         tables = {name: self._load_table(name, manifests, before) for name in TABLE_SCHEMAS}
         for shard in self._shards.values():
             if not shard.shard.is_sealed:
@@ -106,11 +105,12 @@ class Reader:
         #: The manifest of each rank.
         self.manifests = manifests
         self._loaded_sites, self._loaded_tables = sites, tables
+        self._read_tokens: Tokens | None = None
 
     def _load_site(
-        self, name: str, manifests: Mapping[int, Manifest], before: Mapping[tuple[Any, ...], ShardReader]
+        self, entries: Mapping[int, SiteEntry], before: Mapping[tuple[Any, ...], ShardReader]
     ) -> Site:
-        entries = {r: e for r, m in manifests.items() for e in m.sites if e.spec.name == name}
+        """Return a site whose ranks hold these entries."""
         first = next(iter(entries.values()))
         problem = _unknown(first.spec)
         for rank, entry in entries.items():
@@ -125,33 +125,45 @@ class Reader:
                 problem = (
                     f"it is derived from {', '.join(entry.derived_from)}, which this version cannot compute"
                 )
+        shards: list[ShardReader] = []
+        if not problem:
+            try:
+                shards = self._site_shards(entries, before)
+            except UnsupportedError as error:
+                problem = str(error)
         site = Site(
-            first.spec, first.layout, problem=problem, where=str(self.path), verify=self.verify == "always"
+            first.spec,
+            first.layout,
+            shards,
+            problem=problem,
+            where=str(self.path),
+            verify=self.verify == "always",
         )
-        if problem:
-            return site
-        schema = site_schema(first.spec)
+        site.reopen = self._reopening()
+        return site
+
+    def _site_shards(
+        self, entries: Mapping[int, SiteEntry], before: Mapping[tuple[Any, ...], ShardReader]
+    ) -> list[ShardReader]:
+        schema = cache(partial(site_schema, next(iter(entries.values())).spec))
+        shards = []
         for rank, entry in entries.items():
             make = partial(ShardReader, schema=schema, site=entry.spec, layout=entry.layout)
-            try:
-                for shard in entry.shards:
-                    site.add(self._shard(rank, shard, before, make))
-            except UnsupportedError as error:
-                return Site(first.spec, first.layout, problem=str(error), where=str(self.path))
-        return site
+            shards += [self._shard(rank, shard, before, make) for shard in entry.shards]
+        return shards
 
     def _load_table(
         self, name: str, manifests: Mapping[int, Manifest], before: Mapping[tuple[Any, ...], ShardReader]
     ) -> TableView:
         schema = TABLE_SCHEMAS[name]
         shards = [
-            self._shard(rank, shard, before, partial(ShardReader, schema=schema))
+            self._shard(rank, shard, before, partial(ShardReader, schema=lambda: schema))
             for rank, manifest in manifests.items()
             for entry in manifest.tables
             if entry.name == name
             for shard in entry.shards
         ]
-        return TableView(name, schema, shards)
+        return TableView(name, schema, shards, self._reopening())
 
     def _shard(
         self,
@@ -162,14 +174,14 @@ class Reader:
     ) -> ShardReader:
         """Return the reader of a shard, the same one as long as the shard is the same."""
         key = (rank, *((part.file, part.hash) for part in shard.parts))
-        reader = before.get(key) or make(self.path / spec.RANK_DIRECTORY.format(rank=rank), shard)
+        reader = before.get(key) or make(self._roots[rank], shard)
         self._shards[key] = reader
         return reader
 
     def close(self) -> None:
         """Let go of all maps; tensors and tables that were handed out keep theirs alive."""
         self._shards = {}
-        self._loaded_sites, self._loaded_tables = {}, {}
+        self._loaded_sites, self._loaded_tables, self._read_tokens = {}, {}, None
         self._is_closed = True
 
     def _check_open(self) -> None:
@@ -249,11 +261,11 @@ class Reader:
         -------
         rows : int64 tensor [n]
         tensors : dict of str to tensor [n, *shape]
-            Views where a site is one contiguous body and all its rows are wanted, else copies.
+            Views (see `Site.tensor`) where a site is one contiguous body and all its rows are wanted, else copies.
         """
         import torch
 
-        sites = [self[name] for name in ([names] if isinstance(names, str) else names)]
+        sites = [self[name] for name in as_names("names", names)]
         for site in sites:
             if site.row_space != "tokens":
                 raise ArgumentError(
@@ -262,7 +274,7 @@ class Reader:
         if rows is None:
             wanted = _common([site.rows for site in sites])
         else:
-            wanted = integers_of(rows, "rows")
+            wanted = integers_of("rows", rows)
         tensors = {
             site.name: site.tensor() if np.array_equal(site.rows, wanted) else site.take(wanted)
             for site in sites
@@ -277,7 +289,11 @@ class Reader:
         ArgumentError
             If there is no such sequence.
         """
-        return SequenceView.of(self, sequence_id)
+        number = as_integer("sequence_id", sequence_id)
+        tokens = self.tokens
+        if self._read_tokens is None:
+            self._read_tokens = Tokens(tokens.to_arrow())
+        return SequenceView.of(self, self._read_tokens, number)
 
     # Tables.
 
@@ -321,7 +337,10 @@ class Reader:
             )
             for rank, manifest in self.manifests.items()
         )
-        counts = [(e.spec.name, e.counts) for manifest in self.manifests.values() for e in manifest.sites]
+        counts = {
+            name: [entry.counts for entry in entries.values()]
+            for name, entries in _by_site(self.manifests).items()
+        }
         sites = tuple(
             SiteReport(
                 name=site.name,
@@ -329,9 +348,9 @@ class Reader:
                 shape=site.shape,
                 n_rows=site.n_rows,
                 n_bytes=site.n_bytes,
-                expected=sum(count.expected for name, count in counts if name == site.name),
-                written=sum(count.written for name, count in counts if name == site.name),
-                dropped=sum(count.dropped for name, count in counts if name == site.name),
+                expected=sum(count.expected for count in counts[site.name]),
+                written=sum(count.written for count in counts[site.name]),
+                dropped=sum(count.dropped for count in counts[site.name]),
                 n_unverified_bytes=site.n_unverified_bytes,
             )
             for site in self._sites.values()
@@ -346,40 +365,26 @@ class Reader:
             uncommitted_ranks=tuple(self._pending),
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._reopening(), ()
+
+    def _reopening(self) -> Callable[[], Self]:
+        """Return what opens the same path anew, in another process too."""
+        return partial(type(self), str(self.path), verify=self.verify)
+
     def __repr__(self) -> str:
         if self._is_closed:
             return f"{type(self).__name__}({str(self.path)!r}: closed)"
         return f"{type(self).__name__}({str(self.path)!r}: {len(self.tokens)} tokens, {len(self)} sites)"
 
 
-class SitesView(Mapping[str, Site]):
-    """The sites of a dataset by name; prints as a table."""
-
-    def __init__(self, sites: Mapping[str, Site]) -> None:
-        self._sites = sites
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._sites
-
-    def __getitem__(self, name: str) -> Site:
-        if not isinstance(name, str):
-            raise ArgumentError(f"expected the name of a site, got {name!r}; rows are counted in each site")
-        if name not in self._sites:
-            raise SiteNotFoundError(name, self._sites)
-        return self._sites[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sites)
-
-    def __len__(self) -> int:
-        return len(self._sites)
-
-    def __repr__(self) -> str:
-        rows = [
-            (site.name, str(site.n_rows), shape_text(site.shape), site.dtype, site.codec, site.row_space)
-            for site in self._sites.values()
-        ]
-        return table_of(("site", "rows", "shape", "dtype", "codec", "row space"), rows)
+def _by_site(manifests: Mapping[int, Manifest]) -> dict[str, dict[int, SiteEntry]]:
+    """Return the entry of every rank that has one, by site in the order of declaration."""
+    found: dict[str, dict[int, SiteEntry]] = {}
+    for rank, manifest in manifests.items():
+        for entry in manifest.sites:
+            found.setdefault(entry.spec.name, {})[rank] = entry
+    return found
 
 
 def _unknown(site: SiteSpec) -> str:

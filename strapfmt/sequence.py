@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,45 @@ if TYPE_CHECKING:
 
     from strapfmt.reader import Reader
 
-__all__ = ["SequenceView"]
+__all__ = ["SequenceView", "Tokens"]
+
+
+class Tokens:
+    """The tokens of one state of a dataset, read once however many sequences are asked for.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+        The `tokens` table; it is kept, and costs no memory where it aliases the maps.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+        self._rows, self._sequences, self._parents = (
+            np.asarray(table.column(name).fill_null(-1).to_numpy())
+            for name in ("row", "sequence_id", "parent_row")
+        )
+
+    def history(self, sequence_id: int) -> tuple[npt.NDArray[np.int64], pa.Table]:
+        """Return the row ids of a sequence along its history, and their rows of the table.
+
+        Raises
+        ------
+        ArgumentError
+            If it has no tokens.
+        """
+        own = self._rows[self._sequences == sequence_id]
+        if not len(own):
+            raise ArgumentError(
+                f"no tokens of sequence {sequence_id}; the dataset holds {_shown(self._sequences)}"
+            )
+        rows = self._rows[self._order]
+        at = self._order[_chain(rows, self._parents[self._order], int(own.max()))]
+        return self._rows[at], self.table.take(pa.array(at))
+
+    @cached_property
+    def _order(self) -> npt.NDArray[np.int64]:
+        return np.argsort(self._rows, kind="stable")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,18 +79,10 @@ class SequenceView:
     _reader: Reader
 
     @classmethod
-    def of(cls, reader: Reader, sequence_id: int) -> SequenceView:
+    def of(cls, reader: Reader, tokens: Tokens, sequence_id: int) -> SequenceView:
         """Collect a sequence. See `Reader.sequence`."""
-        tokens = reader.tokens.to_arrow()
-        rows, of_sequence = _numbers(tokens, "row"), _numbers(tokens, "sequence_id")
-        own = rows[of_sequence == sequence_id]
-        if not len(own):
-            raise ArgumentError(
-                f"no tokens of sequence {sequence_id}; the dataset holds {_shown(of_sequence)}"
-            )
-        order = np.argsort(rows, kind="stable")
-        at = order[_chain(rows[order], _numbers(tokens, "parent_row")[order], int(own.max()))]
-        return cls(sequence_id=sequence_id, rows=rows[at], tokens=tokens.take(pa.array(at)), _reader=reader)
+        rows, table = tokens.history(sequence_id)
+        return cls(sequence_id=sequence_id, rows=rows, tokens=table, _reader=reader)
 
     @property
     def text(self) -> str:
@@ -87,10 +118,6 @@ def _chain(rows: npt.NDArray[np.int64], parents: npt.NDArray[np.int64], last: in
         found.append(at)
         at = int(parent_at[at])
     return np.array(found[::-1], np.int64)
-
-
-def _numbers(tokens: pa.Table, name: str) -> npt.NDArray[Any]:
-    return np.asarray(tokens.column(name).fill_null(-1).to_numpy())
 
 
 def _shown(of_sequence: npt.NDArray[np.int64]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +26,9 @@ from strapfmt.schema import SiteSpec
 __all__ = ["ShardFiles"]
 
 
+_NONE_VERIFIED: npt.NDArray[np.bool_] = np.zeros(0, bool)
+
+
 @dataclass(slots=True)
 class _Mapped:
     """The files of a shard in memory."""
@@ -42,8 +45,8 @@ class ShardFiles:
     root : Path
         The rank's directory.
     shard : Shard
-    schema : pyarrow.Schema
-        What the shard's columns must be.
+    schema : callable
+        Returns what the shard's columns must be; called when the first of them is read.
     site : SiteSpec, optional
     layout : Layout, optional
     """
@@ -52,17 +55,17 @@ class ShardFiles:
         self,
         root: Path,
         shard: Shard,
-        schema: pa.Schema,
+        schema: Callable[[], pa.Schema],
         site: SiteSpec | None = None,
         layout: Layout | None = None,
     ) -> None:
-        self.root, self.shard, self.schema = root, shard, schema
+        self.root, self.shard, self._make_schema = root, shard, schema
         self._site, self._layout = site, layout or Layout()
         self._index: ShardIndex | None = None
         self._mapped: _Mapped | None = None
         self._lent: _Mapped | None = None
         self._making = threading.RLock()
-        self._verified: npt.NDArray[np.bool_] = np.zeros(0, bool)
+        self._verified = _NONE_VERIFIED
         for part in shard.parts:
             if (part.must_understand or part.role in ROLES) and (
                 part.role not in ROLES or part.codec not in CODECS
@@ -71,6 +74,11 @@ class ShardFiles:
                     f"{self.place}: a part of role {part.role!r} with codec {part.codec!r} must be understood, and "
                     "this version of strapfmt does not know it: install a newer one"
                 )
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """What the columns are."""
+        return self._make_schema()
 
     @cached_property
     def place(self) -> str:

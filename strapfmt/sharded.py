@@ -8,10 +8,11 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from strapfmt.errors import ArgumentError, RowNotFoundError, UnsupportedError
+from strapfmt.arguments import integers_of
+from strapfmt.errors import RowNotFoundError, UnsupportedError
 from strapfmt.shard_reader import ShardReader
 
-__all__ = ["ShardedRows", "distinct", "integers_of"]
+__all__ = ["ShardedRows", "distinct"]
 
 
 class ShardedRows:
@@ -21,21 +22,19 @@ class ShardedRows:
     ----------
     name : str
         The site's name.
+    shards : sequence of ShardReader
     where : str
         The dataset, for errors.
     problem : str
         Why this version cannot read the site, "" where it can; anything that needs shards raises it.
     """
 
-    def __init__(self, name: str, *, where: str = "", problem: str = "") -> None:
+    def __init__(
+        self, name: str, shards: Sequence[ShardReader], *, where: str = "", problem: str = ""
+    ) -> None:
         self.name, self.problem, self._where = name, problem, where
-        self._readers: list[ShardReader] = []
-        self._starts = np.zeros(1, np.int64)
-
-    def add(self, shard: ShardReader) -> None:
-        """Append a shard; used while a dataset is opened."""
-        self._readers.append(shard)
-        self._starts = np.append(self._starts, self._starts[-1] + shard.shard.n_rows)
+        self._readers = shards
+        self._starts = np.cumsum([0, *(shard.shard.n_rows for shard in shards)], dtype=np.int64)
 
     @property
     def n_rows(self) -> int:
@@ -89,7 +88,7 @@ class ShardedRows:
         RowNotFoundError
             If the site does not hold one of them.
         """
-        wanted = integers_of(rows, "rows")
+        wanted = integers_of("rows", rows)
         firsts, lasts, is_dense = self._row_spans
         which = np.searchsorted(firsts, wanted, "right") - 1
         ordinals = np.full(len(wanted), -1, np.int64)
@@ -139,11 +138,3 @@ class ShardedRows:
 def distinct(numbers: npt.NDArray[np.int64]) -> list[int]:
     """Return which numbers there are, in order; they are small and >= 0."""
     return np.flatnonzero(np.bincount(numbers)).tolist() if len(numbers) else []
-
-
-def integers_of(values: npt.ArrayLike, what: str) -> npt.NDArray[np.int64]:
-    """Return a list of integers as int64 [n], refusing anything else."""
-    array = np.asarray(values)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ArgumentError(f"{what}: expected integers [n], got {array.dtype} {list(array.shape)}")
-    return array.astype(np.int64)

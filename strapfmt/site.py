@@ -1,25 +1,21 @@
-"""One site of a dataset, read: tensors and Arrow over all its shards."""
+"""One site of a dataset, read: tensors over all its shards, and what it is."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from strapfmt.addresses import RowAddresses
-from strapfmt.batches import limited, resized
+from strapfmt.arguments import as_integer, integers_of
+from strapfmt.arrow_rows import ArrowRows
 from strapfmt.bits import as_numpy
-from strapfmt.errors import ArgumentError, ViewError
-from strapfmt.manifest import Layout
-from strapfmt.schema import SiteSpec, site_schema
-from strapfmt.sharded import ShardedRows, distinct, integers_of
+from strapfmt.errors import ArgumentError, DatasetChangedError, OrdinalNotFoundError, ViewError
+from strapfmt.sharded import distinct
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +27,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """Rows of a site that alias the memory map.
+    """Rows of a site that alias the memory map, as all views of the site do: see `Site.tensor`.
 
     Attributes
     ----------
@@ -45,10 +41,11 @@ class View:
     tensor: torch.Tensor
 
 
-class Site(ShardedRows):
+class Site(ArrowRows):
     """One site over all ranks and shards, in row order.
 
-    `len()`, `[i]` and `[i:j]` count rows by ordinal, 0-based; `take` wants row ids, as in the column `row`.
+    `len()`, `[i]` and `[i:j]` count rows by ordinal, 0-based; `take` wants row ids, as in the column `row`. Pickled,
+    it opens the dataset again, and refuses one that has grown meanwhile.
 
     Attributes
     ----------
@@ -56,14 +53,8 @@ class Site(ShardedRows):
     layout : Layout
     """
 
-    def __init__(
-        self, site: SiteSpec, layout: Layout, *, problem: str = "", where: str = "", verify: bool = False
-    ) -> None:
-        super().__init__(site.name, where=where, problem=problem)
-        self.spec, self.layout = site, layout
-        self._always = verify
-        #: Turns a `where` string into row ids; set by what can run SQL.
-        self.resolve_where: Callable[[Site, str], Array] | None = None
+    #: Opens the dataset anew, for pickles; set by what opened it.
+    reopen: Callable[[], Any]
 
     # What it is.
 
@@ -97,35 +88,40 @@ class Site(ShardedRows):
         """Whether rows differ in shape."""
         return self.spec.is_ragged
 
-    @property
-    def schema(self) -> pa.Schema:
-        """The Arrow schema of its shards."""
-        self._shards()
-        return site_schema(self.spec)
-
     # Tensors.
 
     def __len__(self) -> int:
         return self.n_rows
 
     def __getitem__(self, key: SupportsIndex | slice) -> torch.Tensor:
-        """Return rows by ordinal: a view where they lie in one body, else a copy."""
+        """Return rows by ordinal: a view (see `tensor`) where they lie in one body, else a copy.
+
+        Raises
+        ------
+        OrdinalNotFoundError
+        """
         if isinstance(key, slice):
             start, stop, step = _indices(key, self.n_rows)
             if step == 1:
                 return self._slice(start, max(start, stop))
             return self.gather(np.arange(start, stop, step))
         try:
-            ordinal = operator.index(key)
-        except TypeError:
+            ordinal = as_integer("ordinal", key)
+        except ArgumentError:
             raise ArgumentError(
                 f"site {self.name!r}: [...] takes one ordinal or a slice, got {key!r}; gather(ordinals) takes a list, "
                 "take() row ids"
             ) from None
         if not -self.n_rows <= ordinal < self.n_rows:
-            raise IndexError(f"site {self.name!r} has {self.n_rows} rows, got ordinal {ordinal}")
+            raise OrdinalNotFoundError(self.name, self.n_rows, [ordinal])
         ordinal %= self.n_rows
         return self._slice(ordinal, ordinal + 1)[0]
+
+    def __contains__(self, value: object) -> NoReturn:
+        raise ArgumentError(
+            f"site {self.name!r}: `in` could mean a row id, an ordinal or an activation; row ids: "
+            f"`{value!r} in site.rows`"
+        )
 
     def tensor(self, *, copy: bool | None = None) -> torch.Tensor:
         """Return all rows, [n_rows, *shape].
@@ -134,19 +130,25 @@ class Site(ShardedRows):
         ----------
         copy : bool, optional
             None: a view of the memory map where the rows are one contiguous body, else one copy. True: always a copy.
-            False: a view or an error. Writing into a view changes this process's memory only, never the file.
+            False: a view or an error.
+
+        Views of a site (of this, `[...]`, `views` and `Dataset.tensors`) share their memory with one another, so what
+        is written into one shows in the others; it changes neither the file nor what `take`, `gather`, `scan`,
+        loaders and SQL return. Take `copy=True`, or `.clone()`, before changing values in place.
 
         Raises
         ------
         ViewError
             With `copy=False` where there is no one body.
         """
+        if copy is not None and not isinstance(copy, (bool, np.bool_)):
+            raise ArgumentError(f"site {self.name!r}: copy: expected True, False or None, got {copy!r}")
         self._check_fixed("tensor()")
-        if copy is not True:
+        if not copy:
             view = self._one_view(0, self.n_rows)
             if view is not None:
                 return view
-        if copy is False:
+        if copy is not None and not copy:
             raise ViewError(
                 f"site {self.name!r}: {self.n_rows} rows in {self.n_batches} record batches with codec {self.codec!r} "
                 f"are no one contiguous body; {'use views(), or ' if self.codec == 'none' else ''}tensor() for one copy"
@@ -154,7 +156,7 @@ class Site(ShardedRows):
         return self._copy(0, self.n_rows)
 
     def views(self) -> Iterator[View]:
-        """Yield all rows as tensors that alias the map: one a shard and stride, then what is left over.
+        """Yield all rows as views (see `tensor`): one a shard and stride, then what is left over.
 
         Raises
         ------
@@ -222,75 +224,27 @@ class Site(ShardedRows):
         name, given = ("own_rows", own_rows) if self.row_space == "own" else ("rows", rows)
         if given is None:
             raise ArgumentError(f"site {self.name!r}: {what}() wants {name}=")
-        return integers_of(given, name)
+        return integers_of(name, given)
 
     def gather(self, ordinals: npt.ArrayLike, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Return rows by ordinal, as `take` does by row id."""
+        """Return rows by ordinal, as `take` does by row id.
+
+        Raises
+        ------
+        OrdinalNotFoundError
+        """
         self._check_fixed("gather()")
-        wanted = integers_of(ordinals, "ordinals")
+        wanted = integers_of("ordinals", ordinals)
         if len(wanted) and wanted.view(np.uint64).max() >= self.n_rows:  # a negative one is huge
-            raise IndexError(
-                f"site {self.name!r} has {self.n_rows} rows, got ordinals {wanted.min()}..{wanted.max()}"
-            )
+            missing = wanted[(wanted < 0) | (wanted >= self.n_rows)]
+            raise OrdinalNotFoundError(self.name, self.n_rows, missing.tolist())
         target = self._out(len(wanted)) if out is None else out
         _check_out(target, (len(wanted), *self.shape), self.spec.stored_dtype.torch, self.name)
         self._fill(wanted, target.view(len(wanted), self.spec.row_values))
         return target
 
-    # Arrow.
-
-    def scan(
-        self,
-        columns: Iterable[str] | None = None,
-        *,
-        where: str | pc.Expression | None = None,
-        limit: int | None = None,
-        batch_size: int | None = None,
-    ) -> Iterator[pa.RecordBatch]:
-        """Yield the rows in order, hashes compared on first touch.
-
-        Parameters
-        ----------
-        columns : iterable of str, optional
-            All by default.
-        where : str or pyarrow.compute.Expression, optional
-            SQL over the columns of `tokens` and this site, or an Arrow expression over the site's columns. Statistics
-            leave out values that are not finite: a row of NaN alone has an l2_norm of 0, so add `n_nonfinite = 0`.
-        limit : int, optional
-            At most so many rows.
-        batch_size : int, optional
-            Rows in every batch but the last; as stored by default. Stored batches alias the map, others are copies.
-        """
-        wanted = self._columns(columns)
-        if where is not None and not isinstance(where, (str, pc.Expression)):
-            raise ArgumentError(f"where: expected SQL text or a pyarrow expression, got {where!r}")
-        batches = self._filtered(where)
-        if limit is not None:
-            batches = limited(batches, limit)
-        if batch_size is not None:
-            batches = resized(batches, batch_size, self.schema)
-        for batch in batches:
-            yield batch.select(wanted)
-
-    def to_arrow(self, columns: Iterable[str] | None = None, *, verify: bool = True) -> pa.Table:
-        """Return all rows as an Arrow table, a chunk a record batch.
-
-        Parameters
-        ----------
-        columns : iterable of str, optional
-            All by default. Uncompressed columns alias the map.
-        verify : bool
-            Compare the hashes of what was not compared yet.
-
-        Raises
-        ------
-        CorruptError
-        """
-        wanted = self._columns(columns)
-        schema = pa.schema([self.schema.field(name) for name in wanted], self.schema.metadata)
-        check = verify or self._always
-        batches = [shard.batch(i, verify=check) for shard in self._shards() for i in range(shard.n_batches)]
-        return pa.Table.from_batches([batch.select(wanted) for batch in batches], schema)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self.reopen, self.name, self.n_rows)
 
     def __repr__(self) -> str:
         shape = ", ".join(["n", *("?" if size < 0 else str(size) for size in self.shape)])
@@ -361,35 +315,6 @@ class Site(ShardedRows):
     def _addresses(self) -> RowAddresses:
         return RowAddresses(self.spec, self._readers, self._starts, batch_rows=self.layout.batch_rows)
 
-    def _columns(self, columns: Iterable[str] | None) -> list[str]:
-        wanted = list(self.schema.names) if columns is None else list(columns)
-        unknown = [name for name in wanted if name not in self.schema.names]
-        if unknown:
-            raise ArgumentError(
-                f"site {self.name!r}: no columns {unknown}; there are {', '.join(self.schema.names)}"
-            )
-        return wanted
-
-    def _filtered(self, where: str | pc.Expression | None) -> Iterator[pa.RecordBatch]:
-        if isinstance(where, str):
-            if self.resolve_where is None:
-                raise ArgumentError(
-                    "where: SQL needs strapfmt.open(); a bare Reader takes a pyarrow expression"
-                )
-            kept = np.sort(self.resolve_where(self, where))
-        for shard in self._shards():
-            for number in range(shard.n_batches):
-                if isinstance(where, str):
-                    start = int(shard.index.batches["first_ordinal"][number])
-                    rows = shard.rows_between(start, start + int(shard.index.batches["n_rows"][number]))
-                    mask = np.isin(rows, kept, assume_unique=True)
-                    if mask.any():
-                        batch = shard.batch(number, verify=True)
-                        yield batch if mask.all() else batch.filter(pa.array(mask))
-                else:
-                    batch = shard.batch(number, verify=True)
-                    yield batch if where is None else batch.filter(where)
-
 
 def _indices(key: slice, n_rows: int) -> tuple[int, int, int]:
     try:
@@ -398,12 +323,23 @@ def _indices(key: slice, n_rows: int) -> tuple[int, int, int]:
         raise ArgumentError(f"[...]: expected a slice of whole numbers, got {key}: {error}") from None
 
 
-def _check_out(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, site: str) -> None:
-    good = (
-        tuple(out.shape) == shape and out.dtype == dtype and out.is_contiguous() and out.device.type == "cpu"
-    )
-    if not good:
-        raise ArgumentError(
-            f"site {site!r}: out: expected contiguous {dtype} {list(shape)} on the CPU, got {out.dtype} "
-            f"{list(out.shape)} on {out.device}"
+def _reopened(reopen: Callable[[], Any], name: str, n_rows: int) -> Site:
+    site: Site = reopen()[name]
+    if len(site) != n_rows:
+        raise DatasetChangedError(
+            f"site {name!r} held {n_rows} rows when it was pickled, and holds {len(site)} now: pickle it anew, after "
+            "the writer has closed"
         )
+    return site
+
+
+def _check_out(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, site: str) -> None:
+    import torch
+
+    expected = f"site {site!r}: out: expected contiguous {dtype} {list(shape)} on the CPU"
+    if not isinstance(out, torch.Tensor):
+        raise ArgumentError(f"{expected}, got {out!r}")
+    is_plain = out.layout == torch.strided and out.is_contiguous() and not out.requires_grad
+    if tuple(out.shape) != shape or out.dtype != dtype or out.device.type != "cpu" or not is_plain:
+        grad = ", which requires grad" if out.requires_grad else ""
+        raise ArgumentError(f"{expected}, got {out.dtype} {list(out.shape)} on {out.device}{grad}")

@@ -79,6 +79,50 @@ def test_scan_of_own_rows_sees_the_columns_of_their_tokens(ds):
     assert kept == [[2]]
 
 
+def test_scan_keeps_rows_of_every_shard_and_rank_and_reads_no_other_batch(tmp_path):
+    path = tmp_path / "a.strap"
+    for rank, fill in enumerate((1.0, 2.0)):
+        values = torch.full((N, 4), fill) * torch.arange(N)[:, None]
+        write_dataset(path, {"x": values}, batch_bytes=128, shard_bytes=2000, rank=rank, codec="zstd")
+    with strapfmt.open(path) as dataset:
+        site = dataset["x"]
+        assert len(dataset.manifests[0].sites[0].shards) > 3
+        kept = [row for rank in (0, 1) for row in ((rank << 40) + k for k in (3, 4, 40, 41, 42, 99))]
+        table = pa.Table.from_batches(site.scan(where=f"row IN ({', '.join(map(str, kept))})"))
+        assert table["row"].to_pylist() == kept
+        norms = table["activation"].combine_chunks().flatten().to_numpy().reshape(-1, 4)[:, 0]
+        assert norms.tolist() == [(1 + (row >> 40)) * (row & 0xFF) for row in kept]
+        before = dataset["x"].n_unverified_bytes
+        assert sum(len(batch) for batch in site.scan(where="row < 8", batch_size=4)) == 8
+        assert dataset["x"].n_unverified_bytes == before  # no new record batch
+
+
+def test_a_condition_is_resolved_once_and_cut_to_each_batch(tmp_path, monkeypatch):
+    write_dataset(tmp_path / "a.strap", {"x": torch.ones(N, 4)}, batch_bytes=64)
+    monkeypatch.setattr(np, "isin", None)  # whose cost is that of all kept rows, in every batch
+    with strapfmt.open(tmp_path / "a.strap") as dataset:
+        assert dataset["x"].n_batches > 10
+        assert sum(len(batch) for batch in dataset["x"].scan(where="position > 0")) == N - 5
+
+
+def test_a_bare_row_in_a_condition_over_own_rows_is_refused(ds, tmp_path):
+    writer = DatasetWriter(tmp_path / "no_tokens.strap")
+    write_site(writer, "own", torch.ones(3, 2), None, row_space="own", token_row=np.array([5, 6, -1]), call=0)
+    writer.close()
+    with strapfmt.open(tmp_path / "no_tokens.strap") as without:
+        for dataset in (ds, without):
+            for where in ("row = 1", "ROW < 2", "exists (select 1 from range(3) t(a) where a = row)"):
+                with pytest.raises(QueryError, match=r"`row` alone could mean two .*own_row.*token_row"):
+                    dataset["own"].scan(where=where)
+                with pytest.raises(QueryError, match="own_row"):
+                    dataset.loader("own", batch_size=1, where=where)
+            assert pa.Table.from_batches(dataset["own"].scan(where="own_row = 1"))["row"].to_pylist() == [1]
+            kept = pa.Table.from_batches(dataset["own"].scan(where="token_row = 6"))
+            assert kept["row"].to_pylist() == [1]
+        kept = ds["own"].scan(where="tokens.row = 6 and token_row in (select row from tokens)")
+        assert pa.Table.from_batches(kept)["row"].to_pylist() == [1]
+
+
 def test_scan_keeps_nothing_where_nothing_fits(ds):
     assert list(ds["own"].scan(where="position > 1000")) == []
 
@@ -97,6 +141,29 @@ def test_a_pickled_dataset_opens_the_same_path(path, monkeypatch, tmp_path):
     with pickle.loads(copied) as again:  # noqa: S301 - written above
         assert again.names == ["blocks.0.mlp_out", "own"]
         assert again.verify == "always"
+
+
+@pytest.mark.parametrize("kind", [strapfmt.Dataset, Reader])
+def test_pickled_sites_and_tables_open_the_same_path(path, kind):
+    with kind(path, verify="always") as dataset:
+        copied = pickle.dumps((dataset["blocks.0.mlp_out"], dataset.tokens, dataset.sequence(1)))
+        expected = dataset["blocks.0.mlp_out"].tensor(copy=True)
+    site, tokens, sequence = pickle.loads(copied)  # noqa: S301 - written above
+    assert torch.equal(site.tensor(), expected)
+    assert len(tokens.to_arrow("row")) == N
+    assert len(sequence["blocks.0.mlp_out"]) == 20
+    if kind is strapfmt.Dataset:
+        assert [len(batch) for batch in site.scan(where="row = 3")] == [1]
+
+
+def test_pickled_sites_and_tables_refuse_a_dataset_that_grew(tmp_path):
+    write_dataset(tmp_path / "a.strap", {"x": torch.ones(3, 2)})
+    with strapfmt.open(tmp_path / "a.strap") as dataset:
+        copies = [pickle.dumps(dataset["x"]), pickle.dumps(dataset.tokens)]
+    write_dataset(tmp_path / "a.strap", {"x": torch.ones(4, 2)}, mode="append")
+    for copied in copies:
+        with pytest.raises(DatasetChangedError, match="held 3 rows when it was pickled, and holds 7 now"):
+            pickle.loads(copied)  # noqa: S301 - written above
 
 
 def test_sql_follows_refresh(tmp_path):
@@ -151,6 +218,24 @@ def test_a_closed_dataset_says_so(path, use):
         use(dataset)
 
 
+def test_what_was_taken_before_close_says_so_too(path):
+    with strapfmt.open(path) as dataset:
+        site = dataset["own"]
+    with pytest.raises(DatasetClosedError, match=r"run\.strap: this dataset was closed"):
+        list(site.scan(where="token_row is null"))
+    assert len(list(site.scan())) == 1
+
+
+def test_a_site_keeps_the_state_it_is_of(tmp_path):
+    path = tmp_path / "a.strap"
+    write_dataset(path, {"x": torch.ones(3, 2)})
+    with strapfmt.open(path) as dataset:
+        before = dataset["x"]
+        write_dataset(path, {"x": torch.ones(4, 2)}, mode="append")
+        assert dataset.refresh()
+        assert [len(batch) for batch in before.scan(where="position >= 0")] == [3]
+
+
 def test_closing_twice_and_showing_what_is_closed_are_fine(path):
     dataset = strapfmt.open(path)
     dataset.close()
@@ -203,6 +288,9 @@ def test_one_site_may_be_named_alone(ds, values):
     assert list(ds.sequence(0).tensors("blocks.0.mlp_out")) == ["blocks.0.mlp_out"]
     with pytest.raises(ArgumentError, match="rows: expected integers"):
         ds.tensors("blocks.0.mlp_out", rows=[0.5])
+    for names in (None, 5, [None]):
+        with pytest.raises(ArgumentError, match="names: expected a name or a list of names"):
+            ds.tensors(names)
 
 
 @pytest.mark.parametrize("key", ["a", [1, 2], 1.5, None, slice("a", None), slice(0, 1, 0)])

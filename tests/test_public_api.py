@@ -27,6 +27,7 @@ PUBLIC = [
     "DrainError",
     "FormatError",
     "MissingExtraError",
+    "OrdinalNotFoundError",
     "QueryError",
     "RingFullError",
     "RowNotFoundError",

@@ -306,6 +306,29 @@ def test_an_unknown_way_to_verify_is_refused(path: Path) -> None:
         Reader(path, verify="never")  # type: ignore[arg-type]
 
 
+def test_opening_makes_no_schema_of_a_site(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_dataset(path)
+    monkeypatch.setattr("strapfmt.reader.site_schema", lambda site: pytest.fail(f"of {site.name}"))
+    with Reader(path) as reader:
+        assert len(reader["logits"]) > 0
+        assert str(reader.report)
+
+
+def test_a_table_shows_its_head_and_reads_no_more(path: Path) -> None:
+    make_dataset(path, n_steps=12)
+    with Reader(path) as reader:
+        shards = list(reader.tokens.shards)
+        assert sum(shard.n_batches for shard in shards) > 2
+        assert repr(reader.tokens).splitlines()[-1] == f"... {len(reader.tokens)} rows"
+        n_bytes = [shard.index.batches["body_bytes"].sum() for shard in shards]
+        assert shards[-1].n_unverified_bytes > 0
+        assert sum(shard.n_unverified_bytes for shard in shards) < sum(n_bytes)
+        for columns in (5, [None]):
+            with pytest.raises(ArgumentError, match="columns: expected a name"):
+                reader.tokens.to_arrow(columns)  # type: ignore[arg-type]
+        assert reader.tokens.to_arrow("row").column_names == ["row"]
+
+
 def test_opening_reads_manifests_only(path: Path) -> None:
     make_dataset(path)
     for file in path.rglob("*.arrow"):

@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from strapfmt.errors import ArgumentError, RowNotFoundError
 from strapfmt.reader import Reader
 from strapfmt.schema import SiteSpec
+from strapfmt.shard_reader import ShardReader
 from strapfmt.writer import DatasetWriter
 
 SITE = SiteSpec(name="x", dtype="float32", shape=(2,), statistics=())
@@ -80,6 +82,25 @@ def test_texts_are_joined_where_there_are_any(reader: Reader) -> None:
 def test_a_token_without_activation_is_named(reader: Reader) -> None:
     with pytest.raises(RowNotFoundError, match="99"):
         reader.sequence(3).tensors(["x"])
+
+
+@pytest.mark.parametrize("wrong", [True, 1.0, "1", None, [1, 2], torch.tensor(1.0)])
+def test_a_sequence_is_asked_for_by_number(reader: Reader, wrong: Any) -> None:
+    with pytest.raises(ArgumentError, match="sequence_id: expected a whole number"):
+        reader.sequence(wrong)
+
+
+@pytest.mark.parametrize("number", [torch.tensor(1), np.int64(1), np.uint8(1)])
+def test_a_number_of_any_kind_will_do(reader: Reader, number: Any) -> None:
+    view = reader.sequence(number)
+    assert view.rows.tolist() == [2, 3]
+    assert repr(view).startswith("SequenceView(1: 2 tokens")
+
+
+def test_tokens_are_read_once_for_all_sequences(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(reader.sequence(0)) == 3
+    monkeypatch.setattr(ShardReader, "batch", None)
+    assert [len(reader.sequence(number)) for number in (1, 2, 3)] == [2, 4, 5]
 
 
 def test_an_unknown_sequence_says_which_there_are(reader: Reader) -> None:

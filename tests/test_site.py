@@ -17,7 +17,7 @@ from small_datasets import Model, bits, check_routes, contents_of, make_dataset,
 
 from strapfmt import spec
 from strapfmt.dtypes import DTYPES
-from strapfmt.errors import ArgumentError, RowNotFoundError, ViewError
+from strapfmt.errors import ArgumentError, OrdinalNotFoundError, RowNotFoundError, ViewError
 from strapfmt.reader import Reader
 from strapfmt.schema import SiteSpec
 from strapfmt.site import Site
@@ -230,21 +230,42 @@ def test_out_is_filled_and_given_back(tmp_path: Path) -> None:
         for tensor in wrong:
             with pytest.raises(ArgumentError, match="out: expected contiguous"):
                 site.take([5, 99, 5], out=tensor)
+        for other in ([1], np.zeros((3, 8)), torch.zeros((3, 8), dtype=torch.bfloat16, requires_grad=True)):
+            with pytest.raises(ArgumentError, match="out: expected contiguous"):
+                site.take([5, 99, 5], out=other)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("ordinals", [[N], [-1], [0, 5, N], [1 << 40], [-(1 << 62)]])
 def test_ordinals_outside_are_refused(tmp_path: Path, ordinals: list[int]) -> None:
     write(tmp_path / "a.strap", site_of(), batch_bytes=128)
     with Reader(tmp_path / "a.strap") as reader:
-        with pytest.raises(IndexError, match="100 rows"):
+        with pytest.raises(OrdinalNotFoundError, match="100 rows") as caught:
             reader["x"].gather(ordinals)
-        with pytest.raises(IndexError, match="ordinal"):
+        assert caught.value.missing == ordinals[-1:]
+        with pytest.raises(OrdinalNotFoundError, match=r"has 100 rows, got ordinal 100; .*take\(\)"):
             reader["x"][N]
         with pytest.raises(IndexError, match="ordinal"):
             reader["x"][-N - 1]
 
 
-@pytest.mark.parametrize("rows", [[1.5], ["a"], [[1]], 3, [True, False]])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [1.5],
+        ["a"],
+        [[1]],
+        3,
+        [True, False],
+        [[1], [1, 2]],
+        [None],
+        torch.ones(2),
+        torch.ones(2, requires_grad=True),
+        torch.ones(2, dtype=torch.int64, device="meta"),
+        [1 << 63],
+        [1 << 64],
+        np.array([1, (1 << 64) - 1], np.uint64),
+    ],
+)
 def test_rows_are_integers(tmp_path: Path, rows: Any) -> None:
     write(tmp_path / "a.strap", site_of())
     with Reader(tmp_path / "a.strap") as reader, pytest.raises(ArgumentError, match="expected integers"):
@@ -343,13 +364,41 @@ def test_scan_projects_filters_limits_and_cuts(tmp_path: Path) -> None:
         assert next(found.scan(["n_nonfinite", "row"])).schema.names == ["n_nonfinite", "row"]
         with pytest.raises(ArgumentError, match="no columns"):
             list(found.scan(["activations"]))
-        with pytest.raises(ArgumentError, match="batch_size"):
-            list(found.scan(batch_size=0))
+        for wrong in (0, -1, 1.5, "a", True):
+            with pytest.raises(ArgumentError, match="batch_size: expected a whole number >= 1"):
+                found.scan(batch_size=wrong)
+        for wrong in (-1, 1.5, "a", True):
+            with pytest.raises(ArgumentError, match="limit: expected a whole number >= 0"):
+                found.scan(limit=wrong)
+        assert [len(b) for b in found.scan(batch_size=np.int64(60), limit=torch.tensor(70))] == [60, 10]
+        for where in (pc.field("nope") > 25, pc.field("l2_norm"), pc.field("l2_norm") > "a"):
+            with pytest.raises(
+                ArgumentError, match=r"where: expected a condition over the columns activation"
+            ):
+                found.scan(where=where)
+        assert next(found.scan("row")).schema.names == ["row"]
+        assert found.to_arrow("row").column_names == ["row"]
+        for columns in (5, [5], [None], b"row"):
+            with pytest.raises(ArgumentError, match="columns: expected a name or a list of names"):
+                found.to_arrow(columns)
         table = found.to_arrow(["row", "l2_norm"])
         assert table.num_rows == N
         field = found.to_arrow().schema.field("activation")
         assert field.metadata[b"ARROW:extension:name"] == b"strapfmt.tensor"
         assert pa.types.is_fixed_size_list(field.type)
+
+
+@pytest.mark.parametrize("wrong", ["x", 0, 1, [True]])
+def test_copy_is_true_false_or_none(tmp_path: Path, wrong: Any) -> None:
+    write(tmp_path / "a.strap", site_of())
+    with Reader(tmp_path / "a.strap") as reader, pytest.raises(ArgumentError, match="copy: expected"):
+        reader["x"].tensor(copy=wrong)
+
+
+def test_in_says_what_to_ask(tmp_path: Path) -> None:
+    write(tmp_path / "a.strap", site_of())
+    with Reader(tmp_path / "a.strap") as reader, pytest.raises(ArgumentError, match=r"`3 in site\.rows`"):
+        3 in reader["x"]  # noqa: B015
 
 
 def test_batches_are_hashed_when_first_touched(tmp_path: Path) -> None:
