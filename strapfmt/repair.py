@@ -7,6 +7,7 @@ a schema that names its site and session, and each record batch carries hashes o
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -117,10 +118,12 @@ def repair(
 def _ranks(path: Path) -> list[int]:
     if not path.is_dir():
         raise DatasetNotFoundError(f"{path}: no such directory; expected a dataset NAME{spec.DATASET_SUFFIX}")
-    numbers = [entry.name[5:] for entry in path.glob("rank-*") if entry.is_dir()]
-    if not any(number.isdigit() for number in numbers):
+    names = [each.name for each in path.iterdir() if each.is_dir() and not each.is_symlink()]
+    numbers = [int(name[5:]) for name in names if re.fullmatch("rank-[0-9]{5,7}", name)]
+    ranks = sorted(number for number in numbers if spec.RANK_DIRECTORY.format(rank=number) in names)
+    if not ranks:
         raise DatasetNotFoundError(f"{path}: no rank-NNNNN directory to rescue anything from")
-    return sorted(int(number) for number in numbers if number.isdigit())
+    return ranks
 
 
 @contextmanager
@@ -267,6 +270,12 @@ class _Rescue:
                 if kept is not None and target.site is None and target.name == "tokens":
                     self._unfinished.see(kept, target.account)
             self._read(len(stream.memory))
+        account = target.account
+        if account.n_rescued < (account.n_committed or 0) and not account.problems:
+            account.problems.append(
+                f"{target.name!r}: {(account.n_committed or 0) - account.n_rescued} committed rows have numbers that "
+                "rows before them have, or that do not go up"
+            )
         if target.site is None and target.name == "steps":
             self._unfinished.last_step = target.last
         elif target.site is not None and target.site.row_space == "tokens" and target.account.n_rescued:
@@ -291,12 +300,10 @@ class _Rescue:
     def _limited(self, streams: list[Stream], key: _Key) -> Iterator[tuple[Stream, int]]:
         """Yield each stream with the first id that belongs to a later session, which may have used numbers again."""
         sessions = self.manifest.sessions if self.manifest else ()
-        firsts = {s.number: s.first_id(key.column) for s in streams if s.session > 0}
+        firsts = [(s.session, s.first_id(key.column)) for s in streams if s.session > 0]
         for stream in streams:
             later = stream.session + 1
-            limits = [
-                first for s in streams if s.session >= later and (first := firsts[s.number]) is not None
-            ]
+            limits = [first for session, first in firsts if session >= later and first is not None]
             if key.counter and later < len(sessions):
                 next_free = _counters_of(sessions[later]).get(key.counter)
                 if type(next_free) is int and 0 <= next_free <= 1 << spec.COUNTER_BITS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from strapfmt.mapped import map_file
 __all__ = ["LINK", "Stream", "lost_files", "open_streams", "reading"]
 
 LINK = "expected a plain directory, found a symbolic link; it was left out"
+
+
+_NUMBERED = re.compile("[0-9]{6}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +122,8 @@ def open_streams(root: Path, directory: str, unreadable: dict[str, str]) -> Iter
     found = []
     for path in place.iterdir():
         name = path.name
-        is_data = name[:6].isdigit() and name.endswith((spec.DATA_SUFFIX, spec.OPEN_SUFFIX))
-        if is_data and path.is_file() and not path.is_symlink():
+        is_data = name.endswith((spec.DATA_SUFFIX, spec.OPEN_SUFFIX))
+        if _NUMBERED.match(name) and is_data and path.is_file() and not path.is_symlink():
             found.append((int(name[:6]), name.endswith(spec.TAIL_SUFFIX), _commit_number(name), name))
     for number, is_tail, _, name in sorted(found):
         try:
@@ -243,5 +247,5 @@ def _read_batch(
 
 
 def _commit_number(file: str) -> int:
-    middle = file.split(".")[1]
-    return int(middle[1:]) if middle[:1] == "c" and middle[1:].isdigit() else -1
+    found = re.match(r"[0-9]{6}\.c([0-9]+)\.", file)
+    return int(found[1]) if found else -1

@@ -219,6 +219,7 @@ class TableWriter:
         self._ids, self._rank = TABLE_IDS[name], rank
         self._last_id = (rank << spec.RANK_SHIFT) + counters.get(self._ids.counter, 0) - 1
         self._pending: list[pa.RecordBatch] = []
+        self._pending_bytes = 0
 
     def write(self, columns: Mapping[str, Any]) -> None:
         """Add rows, given as one sequence a column.
@@ -247,12 +248,15 @@ class TableWriter:
             check_ids(self.name, ids, self._last_id, self._rank)
             self._last_id = int(ids[-1])
             self._pending.append(batch)
+            self._pending_bytes += batch.nbytes
+            if self._pending_bytes >= spec.BATCH_TARGET_BYTES:
+                self.flush()
 
     def flush(self) -> None:
         """Hand what is pending to the shard, as one batch."""
         if self._pending:
             table = pa.Table.from_batches(self._pending, self.schema).combine_chunks()
-            self._pending = []
+            self._pending, self._pending_bytes = [], 0
             for batch in table.to_batches():
                 self.series.append(RowBatch(batch=batch, rows=None, n_values=0))
 
