@@ -50,13 +50,18 @@ class Tokens:
             raise ArgumentError(
                 f"no tokens of sequence {sequence_id}; the dataset holds {_shown(self._sequences)}"
             )
-        rows = self._rows[self._order]
-        at = self._order[_chain(rows, self._parents[self._order], int(own.max()))]
+        order, rows, parent_at = self._by_row
+        at = order[_chain(parent_at, int(np.searchsorted(rows, own.max())))]
         return self._rows[at], self.table.take(pa.array(at))
 
     @cached_property
-    def _order(self) -> npt.NDArray[np.int64]:
-        return np.argsort(self._rows, kind="stable")
+    def _by_row(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The order of the row ids, these in that order, and where among them the parent of each is (-1: none)."""
+        order = np.argsort(self._rows, kind="stable")
+        rows, parents = self._rows[order], self._parents[order]
+        parent_at = np.searchsorted(rows, parents)
+        parent_at[(parents < 0) | (parents >= rows)] = -1
+        return order, rows, parent_at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,11 +114,9 @@ class SequenceView:
         return f"SequenceView({self.sequence_id}: {len(self)} tokens, {self.text[:60]!r})"
 
 
-def _chain(rows: npt.NDArray[np.int64], parents: npt.NDArray[np.int64], last: int) -> npt.NDArray[np.int64]:
-    """Return the indices of `last` and all before it in its history, oldest first; `rows` is sorted."""
-    parent_at = np.searchsorted(rows, parents)
-    parent_at[(parents < 0) | (parents >= rows)] = -1
-    at, found = int(np.searchsorted(rows, last)), []
+def _chain(parent_at: npt.NDArray[np.int64], at: int) -> npt.NDArray[np.int64]:
+    """Return the indices of `at` and all before it in its history, oldest first."""
+    found = []
     while at >= 0:
         found.append(at)
         at = int(parent_at[at])
