@@ -51,8 +51,8 @@ def read_file(root: Path, name: str, limit_bytes: int) -> bytes:
 def map_file(root: Path, name: str, n_bytes: int, *, writable: bool = False) -> memoryview:
     """Map the first `n_bytes` of a file.
 
-    Where `writable`, a write changes this process's pages of this map, never the file nor another map of it. The
-    mapping lives as long as anything that refers to the returned memory (tensors, Arrow buffers), and holds no
+    A write changes this process's pages of this map, never the file nor another map of it; without `writable` the
+    memory says that it takes none, and one that is forced crashes nothing. The mapping lives as long as anything that refers to the returned memory (tensors, Arrow buffers), and holds no
     descriptor. A file that is still called `.arrow.open` in the manifest may have been sealed since; then the sealed
     file, which begins with the same bytes, is mapped.
 
@@ -80,7 +80,7 @@ def map_file(root: Path, name: str, n_bytes: int, *, writable: bool = False) -> 
             )
         if not n_bytes:
             return memoryview(b"")
-        memory = memoryview(_Mapping.of(fd, n_bytes, writable=writable)).cast("B")
+        memory = memoryview(_Mapping.of(fd, n_bytes)).cast("B")
         return memory if writable else memory.toreadonly()
     finally:
         os.close(fd)
@@ -90,8 +90,9 @@ class _Mapping:
     """Makes ctypes arrays over mapped memory that unmap themselves when the last reference goes."""
 
     @staticmethod
-    def of(fd: int, n_bytes: int, *, writable: bool) -> ctypes.Array[ctypes.c_char]:
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    def of(fd: int, n_bytes: int) -> ctypes.Array[ctypes.c_char]:
+        # Also what is handed out as read-only: who writes there by force shall not crash the process.
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
         address = _libc.mmap(None, n_bytes, protection, mmap.MAP_PRIVATE | _MAP_NORESERVE, fd, 0)
         if address is None or address == ctypes.c_void_p(-1).value:
             code = ctypes.get_errno()

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -461,3 +462,19 @@ def test_reading_needs_no_descriptors(tmp_path: Path) -> None:
             assert all(len(table) for table in kept)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_writing_by_force_into_what_says_read_only_crashes_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "a.strap", site_of())
+    code = """
+import sys, warnings, torch, strapfmt
+warnings.simplefilter("ignore")
+site = strapfmt.open(sys.argv[1])["x"]
+column = site.to_arrow(["activation"])["activation"].chunk(0).flatten().to_numpy(zero_copy_only=True)
+torch.from_numpy(column).zero_()
+print(float(site.tensor().abs().sum()) > 0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.strap")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True\n"
