@@ -52,9 +52,10 @@ def map_file(root: Path, name: str, n_bytes: int, *, writable: bool = False) -> 
     """Map the first `n_bytes` of a file.
 
     A write changes this process's pages of this map, never the file nor another map of it; without `writable` the
-    memory says that it takes none, and one that is forced crashes nothing. The mapping lives as long as anything that refers to the returned memory (tensors, Arrow buffers), and holds no
-    descriptor. A file that is still called `.arrow.open` in the manifest may have been sealed since; then the sealed
-    file, which begins with the same bytes, is mapped.
+    memory says that it takes none, and one that is forced crashes nothing. The mapping lives as long as anything that
+    refers to the returned memory (tensors, Arrow buffers), and holds no descriptor. A file that is still called
+    `.arrow.open` in the manifest may have been sealed since; then the sealed file, which begins with the same bytes,
+    is mapped.
 
     Raises
     ------
