@@ -11,13 +11,10 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from strapfmt import spec
 from strapfmt.errors import (
@@ -33,8 +30,9 @@ from strapfmt.manifest import COUNTERS, Manifest, SiteEntry, TableEntry, file_sl
 from strapfmt.mapped import read_file
 from strapfmt.paths import absolute_path
 from strapfmt.report import RepairReport, SiteRepair
+from strapfmt.rescue import IdColumn, RescueTarget
 from strapfmt.salvage import LINK, Stream, lost_files, open_streams, reading
-from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, read_site, site_schema
+from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, read_site
 from strapfmt.unfinished import UnfinishedSteps
 from strapfmt.writer import DatasetWriter
 
@@ -42,23 +40,6 @@ __all__ = ["RepairReport", "SiteRepair", "repair"]
 
 Array = npt.NDArray[Any]
 _NO_LIMIT = 1 << 62
-
-
-@dataclass(frozen=True, slots=True)
-class _Key:
-    """The column that orders a table's or a site's rows, and the counter its ids come from ("" for a site's own)."""
-
-    column: str
-    counter: str
-    is_unique: bool = True
-
-
-_TABLE_KEYS = {
-    "tokens": _Key("row", "row"),
-    "sequences": _Key("sequence_id", "sequence"),
-    "steps": _Key("step", "step"),
-    "row_events": _Key("step", "step", is_unique=False),
-}
 
 
 def repair(
@@ -248,14 +229,14 @@ class _Rescue:
         account = SiteRepair(name=name, rank=self.rank, n_committed=n_committed, problems=problems)
         found.append(account)
         try:
-            target = _Target(writer, name, site, account, kind == spec.TABLES_DIRECTORY)
+            target = RescueTarget(writer, name, site, account, kind == spec.TABLES_DIRECTORY)
         except ArgumentError as error:
             if streams or account.n_committed:
                 account.problems.append(f"{self.root / directory}: {error}")
             return
         self._copy(streams, target)
 
-    def _copy(self, streams: list[Stream], target: _Target) -> None:
+    def _copy(self, streams: list[Stream], target: RescueTarget) -> None:
         sound = []
         for stream in streams:
             refusal = target.refusal(stream)
@@ -297,7 +278,7 @@ class _Rescue:
                     f"{shard.n_rows} committed ones were in it"
                 )
 
-    def _limited(self, streams: list[Stream], key: _Key) -> Iterator[tuple[Stream, int]]:
+    def _limited(self, streams: list[Stream], key: IdColumn) -> Iterator[tuple[Stream, int]]:
         """Yield each stream with the first id that belongs to a later session, which may have used numbers again."""
         sessions = self.manifest.sessions if self.manifest else ()
         firsts = [(s.session, s.first_id(key.column)) for s in streams if s.session > 0]
@@ -322,66 +303,6 @@ class _Rescue:
         self.notes.append(f"{self.root}: {self._unfinished.note(n_added=len(rows['step']) if rows else 0)}")
 
 
-class _Target:
-    """Writes rescued batches of one site or table.
-
-    Raises
-    ------
-    ArgumentError
-        If this version cannot store it.
-    """
-
-    def __init__(
-        self, writer: DatasetWriter, name: str, site: SiteSpec | None, account: SiteRepair, is_table: bool
-    ) -> None:
-        if is_table and name not in TABLE_SCHEMAS:
-            raise ArgumentError(f"{name!r} is no table that this version knows")
-        if not is_table and site is None:
-            raise ArgumentError("no file in it says that it belongs here: misplaced, or damaged")
-        if site:
-            writer.add_site(site)
-        self.name, self.site, self.account, self.last = name, site, account, -1
-        self.key = _Key("row", "row" if site.row_space == "tokens" else "") if site else _TABLE_KEYS[name]
-        self._schema = site_schema(site) if site else TABLE_SCHEMAS[name]
-        self._writer = writer
-
-    def refusal(self, stream: Stream) -> str:
-        """Return why a file does not belong here, or nothing."""
-        try:
-            stated = read_site(stream.schema)
-        except ArgumentError as error:
-            return str(error)
-        if stated != self.site:
-            whose = f"site {stated.name!r}, as {stated}" if stated else "a table"
-            return f"it belongs to {whose}, not to {self.name!r}{f', {self.site}' if self.site else ''}"
-        if not stream.schema.equals(self._schema, check_metadata=False):
-            return f"its columns are not those of {self.name!r}"
-        first = stream.first_id(self.key.column)
-        if first is not None and first >> spec.RANK_SHIFT != self._writer.rank:
-            return f"it belongs to rank {first >> spec.RANK_SHIFT}, not to rank {self._writer.rank}"
-        return ""
-
-    def add(self, batch: pa.RecordBatch, limit: int, place: str) -> pa.RecordBatch | None:
-        """Write the rows of `batch` that come after all before and lie below `limit`; return them."""
-        ids = batch.column(self.key.column).to_numpy()
-        if self.site and (np.any(ids[1:] <= ids[:-1]) or ids[-1] >> spec.RANK_SHIFT != self._writer.rank):
-            self.account.problems.append(f"{place}: a record batch's row numbers do not increase in its rank")
-            return None
-        keep = ids < limit
-        if self.key.is_unique:
-            keep &= ids > self.last
-        if not keep.any():
-            return None
-        batch = batch if keep.all() else batch.filter(pa.array(keep))
-        self.last = int(ids[keep][-1])
-        if self.site is None:
-            self._writer.write_table(self.name, dict(zip(batch.schema.names, batch.columns, strict=True)))
-        else:
-            _write_site(self._writer, self.site, batch)
-        self.account.n_rescued += batch.num_rows
-        return batch
-
-
 def _site_of(streams: list[Stream], slug: str) -> SiteSpec | None:
     """Return the site that the first file of a directory describes that is that directory's."""
     for stream in streams:
@@ -390,27 +311,6 @@ def _site_of(streams: list[Stream], slug: str) -> SiteSpec | None:
             if site and file_slug(site.name) == slug:
                 return site
     return None
-
-
-def _write_site(writer: DatasetWriter, site: SiteSpec, batch: pa.RecordBatch) -> None:
-    columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-    values = columns["activation"].flatten().to_numpy(zero_copy_only=True)
-    shapes = None
-    if site.is_ragged:
-        shapes = columns["shape"].flatten().to_numpy().reshape(-1, len(site.shape))
-    else:
-        values = values.reshape(batch.num_rows, *site.shape)
-    is_own = site.row_space == "own"
-    writer.write(
-        site.name,
-        values,
-        rows=columns["row"].to_numpy(),
-        shapes=shapes,
-        statistics={name: columns[name].to_numpy() for name in site.statistics},
-        token_row=columns["token_row"].fill_null(-1).to_numpy() if is_own else None,
-        call=columns["call"].to_numpy() if is_own else None,
-    )
-    writer.wait()
 
 
 def _counters_of(session: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -24,17 +24,21 @@ _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 
 @dataclass(frozen=True, slots=True)
 class TableIds:
-    """The column of a table that holds its ids, and the counter they come from ("": events tell of any row again)."""
+    """The column of a table that holds its ids, and the counter they come from ("": events tell of any row again).
+
+    They go up where `is_rising`; sequences may begin in any order of numbers that a caller gives.
+    """
 
     column: str
     counter: str
+    is_rising: bool = True
 
 
 TABLE_IDS = {
     "tokens": TableIds("row", "row"),
-    "sequences": TableIds("sequence_id", "sequence"),
+    "sequences": TableIds("sequence_id", "sequence", is_rising=False),
     "steps": TableIds("step", "step"),
-    "row_events": TableIds("row", ""),
+    "row_events": TableIds("row", "", is_rising=False),
 }
 
 
@@ -137,11 +141,12 @@ def check_columns(
 
 
 def check_ids(table: str, ids: Array, last: int, rank: int) -> None:
-    """Check the ids of rows of a table, at least one, of which `last` was the last one used."""
-    what = f"table {table!r}: {TABLE_IDS[table].column}"
+    """Check the ids of rows of a table, at least one; those that have a counter are all above `last`."""
+    kind = TABLE_IDS[table]
+    what = f"table {table!r}: {kind.column}"
     _check_rank(what, int(ids.min()), int(ids.max()), rank)
-    if TABLE_IDS[table].counter:
-        _check_rising(what, ids, last)
+    if kind.counter:
+        _check_rising(what, ids if kind.is_rising else np.sort(ids), last)
 
 
 def _statistic(site: SiteSpec, name: str, values: Any, n_rows: int) -> Array:

@@ -84,9 +84,9 @@ class Stream:
             offset = following[0] if batch is None and following else offset + sum(lengths)
 
     def first_id(self, column: str) -> int | None:
-        """Return the first sound number in a column, None where there is none."""
+        """Return the lowest number in a column of the first sound batch, None where there is none."""
         batch = next(self.batches([]), None)
-        return None if batch is None else int(batch.column(column)[0].as_py())
+        return None if batch is None else int(batch.column(column).to_numpy().min())
 
     def _known_offsets(self) -> list[int]:
         """Return where record batches begin according to an index, to go on behind a damaged header."""

@@ -246,7 +246,8 @@ class TableWriter:
         if batch.num_rows:
             ids = batch.column(self._ids.column).to_numpy()
             check_ids(self.name, ids, self._last_id, self._rank)
-            self._last_id = int(ids[-1])
+            if self._ids.is_rising:
+                self._last_id = int(ids[-1])
             self._pending.append(batch)
             self._pending_bytes += batch.nbytes
             if self._pending_bytes >= spec.BATCH_TARGET_BYTES:

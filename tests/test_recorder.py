@@ -97,17 +97,17 @@ def test_chosen_sequence_numbers_and_new_ones_do_not_meet(tmp_path: Path) -> Non
     assert Reader(tmp_path / "x.strap").sequences.to_arrow()["sequence_id"].to_pylist() == [3, 7, 8]
 
 
-def test_sequences_begin_in_ascending_order(tmp_path: Path) -> None:
+def test_sequences_begin_in_any_order_of_numbers_and_survive_repair(tmp_path: Path) -> None:
     with strapfmt.create(tmp_path / "x.strap", rank=2) as rec:
         rec.tokens([1, 2], sequence_id=[7, 3])
-        with pytest.raises(
-            ArgumentError, match=r"begun, or a new one above 7, .* got 5: begin them in that order"
-        ):
-            rec.tokens([4], sequence_id=5)
-        assert rec.tokens([4], sequence_id=9).rows.tolist() == [(2 << 40) + 2]
+        rec.commit()
+        rec.tokens([4], sequence_id=5)
+        assert rec.tokens([4]).sequence_id.tolist() == [(2 << 40) + 8]
     base = 2 << 40
     stored = Reader(tmp_path / "x.strap").sequences.to_arrow()["sequence_id"].to_pylist()
-    assert stored == [base + 3, base + 7, base + 9]
+    assert stored == [base + 3, base + 7, base + 5, base + 8]
+    assert strapfmt.repair(tmp_path / "x.strap", tmp_path / "y.strap").is_complete
+    assert Reader(tmp_path / "y.strap").sequences.to_arrow()["sequence_id"].to_pylist() == stored
 
 
 def test_a_site_may_hold_some_of_the_tokens(tmp_path: Path) -> None:

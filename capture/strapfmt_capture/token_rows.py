@@ -72,8 +72,6 @@ class TokenBook:
         manifest = stored_manifest(writer.path, writer.rank)
         assert manifest is not None  # a writer begins with a commit
         self._dataset = manifest.writer_id
-        #: The highest number of a sequence so far.
-        self._newest = self._base + n_sequences - 1
         #: The last position and row of each sequence.
         self._last: dict[int, tuple[int, int]] = {}
 
@@ -122,7 +120,6 @@ class TokenBook:
         )
         if begun is not None:
             self._writer.write_table("sequences", begun)
-            self._newest = max(self._newest, int(groups.unique[-1]))
         for sequence, last in zip(groups.unique.tolist(), groups.last.tolist(), strict=True):
             self._last[sequence] = (int(positions[last]), int(rows[last]))
         return TokenRows(rows, groups.sequences, positions, self._dataset)
@@ -211,12 +208,6 @@ class TokenBook:
         begun = [i for i, sequence in enumerate(groups.unique.tolist()) if self._begins(sequence)]
         if not begun:
             return None
-        if late := [int(groups.unique[i]) for i in begun if groups.unique[i] <= self._newest]:
-            raise ArgumentError(
-                f"sequence_id: expected a sequence that has begun, or a new one above {self._newest - self._base}, as "
-                f"sequences begin in ascending order of their numbers; got {late[0] - self._base}: begin them in that "
-                "order, or leave sequence_id out for a new number"
-            )
         prompts: list[_Int64 | None] = [None] * len(begun)
         if ids is not None:
             prompts = [ids[groups.places(i)] for i in begun]
