@@ -26,6 +26,7 @@ from strapfmt.schema import SiteSpec
 __all__ = ["ShardFiles"]
 
 
+_SMALL_BYTES = 64 << 10
 _NONE_VERIFIED: npt.NDArray[np.bool_] = np.zeros(0, bool)
 
 
@@ -64,6 +65,7 @@ class ShardFiles:
         self._index: ShardIndex | None = None
         self._mapped: _Mapped | None = None
         self._lent: _Mapped | None = None
+        self._pinned: dict[tuple[str, bool], memoryview] = {}
         self._making = threading.RLock()
         self._verified = _NONE_VERIFIED
         for part in shard.parts:
@@ -119,10 +121,35 @@ class ShardFiles:
         return int(self._index.batches["body_bytes"][~self._verified].sum())
 
     def pin(self) -> None:
-        """Open what a live writer may replace."""
+        """Open what a live writer may replace, so that it stays; nothing is read but a small index.
+
+        Raises
+        ------
+        CorruptError, DatasetChangedError
+        """
+        for part in self.shard.parts:
+            for writable in (False, True) if self._has_views and part.role != "index" else (False,):
+                if part.role in ROLES and (part.role, writable) not in self._pinned:
+                    self._pinned[part.role, writable] = self._open(part, writable=writable)
+
+    def check_files(self) -> None:
+        """Map the files and check all but their record batches.
+
+        Raises
+        ------
+        CorruptError, DatasetChangedError
+        """
         _ = self.index, self._maps
-        if self._has_views and not self.shard.is_sealed:
-            _ = self._lent_maps
+
+    def release(self) -> None:
+        """Let go of all maps and forget what was checked, where files can be opened again as they were.
+
+        Nothing that was taken by its address may be used afterwards.
+        """
+        if self.shard.is_sealed:
+            self._index = self._mapped = self._lent = None
+            self._verified = _NONE_VERIFIED
+            self._forget()
 
     def verify(self, first: int, last: int) -> None:
         """Compare the hashes of batches `first` to `last` (exclusive) with the index, each once.
@@ -201,10 +228,10 @@ class ShardFiles:
             )
         if (tail is not None) != index.has_tail:
             raise CorruptError(f"{self.place}: manifest and index disagree on whether there is a tail")
-        mapped = _Mapped(map_file(self.root, data.file, data.n_bytes, writable=writable), memoryview(b""))
+        mapped = _Mapped(self._open(data, writable=writable), memoryview(b""))
         self._check_ends(mapped.data, data, is_tail=False)
         if tail is not None:
-            mapped.tail = map_file(self.root, tail.file, tail.n_bytes, writable=writable)
+            mapped.tail = self._open(tail, writable=writable)
             self._check_ends(mapped.tail, tail, is_tail=True)
         if self.shard.is_sealed:
             # Its index may have been read long before: a dataset written anew meanwhile has files of the same names.
@@ -265,15 +292,27 @@ class ShardFiles:
                 raise CorruptError(f"{place}: a body does not begin at a multiple of {unit} bytes")
 
     def _index_bytes(self) -> memoryview:
-        """Map the index and compare it with the manifest."""
+        """Open the index and compare it with the manifest."""
         part = self._part("index")
         place = str(self.root / part.file)
         if part.n_bytes > spec.MAX_INDEX_BYTES:
             raise CorruptError(f"{place}: expected at most {spec.MAX_INDEX_BYTES} bytes, got {part.n_bytes}")
-        data = map_file(self.root, part.file, part.n_bytes)
+        data = self._open(part)
         if digest(data).hex() != part.hash:
             raise CorruptError(f"{place}: the manifest's checksum does not match the index")
         return data
+
+    def _open(self, part: Part, *, writable: bool = False) -> memoryview:
+        """Return the committed bytes of a file: those that were pinned, else its map, or a copy of a small index.
+
+        A process may hold some 65,000 maps, and a shard needs one for its data.
+        """
+        pinned = self._pinned.get((part.role, writable))
+        if pinned is not None:
+            return pinned
+        if part.role == "index" and part.n_bytes <= _SMALL_BYTES:
+            return memoryview(bytes(map_file(self.root, part.file, part.n_bytes)))
+        return map_file(self.root, part.file, part.n_bytes, writable=writable)
 
     def _read_index(self) -> ShardIndex:
         data, place = self._index_bytes(), str(self.root / self._part("index").file)
@@ -288,6 +327,9 @@ class ShardFiles:
                     f"{place}: expected rows {self.shard.first_row}..{self.shard.last_row}, got {last}"
                 )
         return index
+
+    def _forget(self) -> None:
+        """Drop what was derived from the maps."""
 
     def _part(self, role: str) -> Part:
         part = self.shard.part(role)

@@ -72,23 +72,28 @@ class ShardReader(ShardFiles):
 
     def rows_between(self, start: int, stop: int) -> Array:
         """Return the row numbers of ordinals `start` to `stop`, int64 [stop - start]."""
-        runs = self.index.runs
-        first = int(np.searchsorted(runs["ordinal"].astype(np.int64), start, "right")) - 1
-        ordinals = runs["ordinal"][first:].astype(np.int64)
+        firsts, ordinals = self._runs
         at = np.arange(start, stop, dtype=np.int64)
         which = np.searchsorted(ordinals, at, "right") - 1
-        rows: Array = runs["row"][first:][which] + (at - ordinals[which])
+        rows: Array = firsts[which] + (at - ordinals[which])
         return rows
 
     def ordinals_of(self, rows: Array) -> Array:
         """Return the ordinals of row numbers, int64 [n]; -1 where the shard does not hold one."""
-        runs = self.index.runs
-        which = np.searchsorted(runs["row"], rows, "right") - 1
-        ordinals = runs["ordinal"].astype(np.int64)
-        ends = np.append(ordinals[1:], self.index.n_rows)
+        firsts, ordinals = self._runs
+        which = np.searchsorted(firsts, rows, "right") - 1
         safe = np.maximum(which, 0)
-        found = ordinals[safe] + (rows - runs["row"][safe])
-        return np.where((which >= 0) & (found < ends[safe]), found, -1)
+        found = ordinals[safe] + (rows - firsts[safe])
+        ends = np.where(
+            safe + 1 < len(ordinals), ordinals[np.minimum(safe + 1, len(ordinals) - 1)], self.index.n_rows
+        )
+        return np.where((which >= 0) & (found < ends), found, -1)
+
+    @cached_property
+    def _runs(self) -> tuple[Array, Array]:
+        """First row and first ordinal of each run, int64 [n_runs]: copies in one piece, for searches."""
+        runs = self.index.runs
+        return np.ascontiguousarray(runs["row"]), runs["ordinal"].astype(np.int64)
 
     def body(self, number: int) -> memoryview:
         """Return the memory of one batch's activations (plain codecs and fixed shapes only)."""
@@ -144,6 +149,10 @@ class ShardReader(ShardFiles):
         return bool(np.all(n_rows[:-1] == batch_rows) and np.all(n_rows[-1:] <= batch_rows))
 
     # Inside.
+
+    def _forget(self) -> None:
+        for name in ("first_ordinals", "body_addresses", "_runs", "_body_starts"):
+            self.__dict__.pop(name, None)
 
     def _fixed_site(self) -> SiteSpec:
         if self._site is None or self._site.is_ragged:

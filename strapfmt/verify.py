@@ -54,6 +54,7 @@ def verify(path: str | Path, *, progress: Callable[[int, int], None] | None = No
                 if number >= 20:
                     problems.append(f"{shard.place}: more problems are not listed")
                     break
+            shard.release()
             done += _n_bytes(shard)
             if progress is not None:
                 progress(done, total)
@@ -84,7 +85,7 @@ def _n_bytes(shard: ShardReader) -> int:
 def _check(shard: ShardReader, checked: _Checked) -> Iterator[str]:
     """Yield every problem of a shard; count what was checked."""
     try:
-        shard.pin()
+        shard.check_files()
     except StrapfmtError as error:
         yield str(error)
         return
