@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import resource
 import threading
 import time
 from collections import deque
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from strapfmt import spec
-from strapfmt.errors import WriteError, WriterConflictError
+from strapfmt.errors import ArgumentError, WriteError, WriterConflictError
 
-__all__ = ["Disk", "IoThread", "Lock", "Publisher"]
+__all__ = ["Disk", "IoThread", "Lock", "Publisher", "check_open_files"]
 
 _IOV_MAX = 512
 _MAX_PENDING = 64
+#: Descriptors left for files being published, and for the rest of the process.
+_SPARE_FILES = _MAX_PENDING + 64
 _SYNC_FILE_RANGE_WRITE = 2
 
 
@@ -31,8 +34,13 @@ class Disk:
     """The operations a writer performs; each raises `OSError` when the system does."""
 
     def create(self, path: Path) -> int:
-        """Create `path`, which must not exist, and return its descriptor."""
-        return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        """Create `path`, which must not exist, and return its descriptor.
+
+        Where few more files may be open, the limit of this process (`RLIMIT_NOFILE`) is raised, up to its hard one.
+        """
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        _allow_open_files(fd + _SPARE_FILES)  # the system gives the lowest number that is free
+        return fd
 
     def write(self, fd: int, pieces: Sequence[bytes | memoryview], offset: int) -> None:
         """Write all `pieces` one behind the other from `offset`."""
@@ -71,6 +79,10 @@ class Disk:
         """Create a directory, which must not exist."""
         os.mkdir(path)
 
+    def rmdir(self, path: Path) -> None:
+        """Remove a directory, which must be empty."""
+        os.rmdir(path)
+
     def sync_directory(self, path: Path) -> None:
         """Make the names in a directory durable."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -78,6 +90,31 @@ class Disk:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def check_open_files(n: int, what: str) -> None:
+    """Refuse what would need `n` open files at a time, if the hard limit of this process forbids that for good.
+
+    Raises
+    ------
+    ArgumentError
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and n + _SPARE_FILES > hard:
+        raise ArgumentError(
+            f"{what}: expected at most {max(hard - _SPARE_FILES, 0)} files open for writing, as the hard limit of this "
+            f"process is {hard} and each site keeps one open; raise it (ulimit -Hn) or write fewer sites"
+        )
+
+
+def _allow_open_files(n: int) -> None:
+    """Raise the soft limit of open files to twice what is needed, if it is below, and the hard limit allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or n < soft or soft == hard:
+        return
+    more = 2 * n if hard == resource.RLIM_INFINITY else min(2 * n, hard)
+    with contextlib.suppress(OSError, ValueError):  # some systems allow less than the hard limit says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
 
 
 class Publisher:
@@ -177,7 +214,8 @@ class IoThread:
     """One thread that runs jobs in order; at most `limit_bytes` of them wait at a time.
 
     The first failure stops it: every later `submit` and `wait` raises it, as `WriteError`. An exception raised by a
-    signal in `submit` or `wait` leaves no job half counted: what waits is read off the queue itself.
+    signal in `submit` or `wait` leaves no job half counted: what waits is read off the queue itself. The thread starts
+    with the first job.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -186,24 +224,29 @@ class IoThread:
         self._jobs: deque[_Job] = deque()
         self._done_bytes = 0
         self._failure: BaseException | None = None
-        self._is_stopping = False
-        self._changed = threading.Condition()
+        #: What to do last; None while more may come.
+        self._last: Callable[[], None] | None = None
+        self._is_over = False
+        #: Entered itself and not through the condition, whose `__enter__` a signal can end with the lock taken.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._thread = threading.Thread(target=self._run, name="strapfmt-io", daemon=True)
-        self._thread.start()
 
     def submit(self, job: Callable[[], None], n_bytes: int = 0) -> None:
         """Run `job` after all earlier ones; blocks while more than the limit waits."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(
                 lambda: self._failure or self._end_bytes - self._done_bytes <= self._limit_bytes
             )
             self.check()
+            if self._thread.ident is None:
+                self._thread.start()
+            self._changed.notify_all()  # before: a signal in between must not leave a job that nobody looks for
             self._jobs.append(_Job(job, self._end_bytes + n_bytes))
-            self._changed.notify_all()
 
     def wait(self) -> None:
         """Block until every job so far has run."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._failure or not self._jobs)
             self.check()
 
@@ -212,11 +255,20 @@ class IoThread:
         if self._failure is not None:
             raise WriteError(self._failure) from self._failure
 
-    def stop(self) -> None:
-        """Finish what is queued (nothing more after a failure) and end the thread. Never raises."""
-        with self._changed:
-            self._is_stopping = True
+    def stop(self, last: Callable[[], None]) -> None:
+        """Finish what is queued (nothing more after a failure), do `last`, end the thread; returns when that is done.
+
+        An exception raised by a signal meanwhile passes on, and the thread still does all of it. Safe to call twice, if
+        `last` is.
+        """
+        if self._thread.ident is None:
+            last()
+            return
+        with self._lock:
             self._changed.notify_all()
+            self._last = self._last or last
+            # Not by `join`, which takes a thread for ended once it was interrupted.
+            self._changed.wait_for(lambda: self._is_over)
         self._thread.join()
 
     @property
@@ -224,18 +276,13 @@ class IoThread:
         return self._jobs[-1].end_bytes if self._jobs else self._done_bytes
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._jobs or self._is_stopping)
-                if not self._jobs:
-                    return
-                job = self._jobs[0]
+        while job := self._next_job():
             failure = None
             try:
                 job.run()
             except BaseException as error:  # noqa: BLE001 - kept, and raised where the caller waits
                 failure = error
-            with self._changed:
+            with self._lock:
                 self._done_bytes = job.end_bytes
                 self._jobs.popleft()
                 if failure is not None:
@@ -243,6 +290,19 @@ class IoThread:
                     self._jobs.clear()
                 self._changed.notify_all()
             del job, failure
+        try:
+            if self._last is not None:
+                self._last()
+        finally:
+            with self._lock:
+                self._is_over = True
+                self._changed.notify_all()
+
+    def _next_job(self) -> _Job | None:
+        """Wait for a job; None if no more will come."""
+        with self._lock:
+            self._changed.wait_for(lambda: self._jobs or self._last)
+            return self._jobs[0] if self._jobs else None
 
 
 class Lock:
@@ -252,16 +312,39 @@ class Lock:
         path = directory / spec.LOCK_NAME
         self._fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
+            self._lock(path)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._process = os.getpid()
+
+    def _lock(self, path: Path) -> None:
+        try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(self._fd, 200, 0).decode(errors="replace").strip() or "another process"
-            os.close(self._fd)
             raise WriterConflictError(
-                f"{directory}: {holder} is writing here; give each writer its own rank= or wait until it has closed"
+                f"{path.parent}: {holder} is writing here; give each writer its own rank= or wait until it has closed"
             ) from None
-        self._process = os.getpid()
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        if not self._is_at(path):
+            raise WriterConflictError(
+                f"{path.parent}: another process removed or replaced it at this moment; try again"
+            )
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without the note for people
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+
+    def _is_at(self, path: Path) -> bool:
+        """Whether the locked file still has its name: a lock on one that was removed keeps nobody out."""
+        try:
+            return os.path.samestat(os.fstat(self._fd), os.lstat(path))
+        except OSError:
+            return False
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this process holds the claim: not after `release`, nor in a fork of the one that took it."""
+        return self._fd >= 0 and os.getpid() == self._process
 
     def release(self) -> None:
         """Give the claim back. Safe to call twice."""

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -277,9 +277,12 @@ class DatasetWriter:
         self._end("closed")
 
     def abort(self) -> None:
-        """Stop without publishing anything more; the last commit stays. Never raises. Safe to call twice."""
-        if not self._closed:
-            self._end("aborted")
+        """Stop without committing anything more: what no commit covers is given up, one that has begun is finished.
+
+        Never raises, and is safe to call twice. An exception that a signal raises while it waits passes on; the rank is
+        then given back as soon as the disk has answered.
+        """
+        self._end("aborted")
 
     def summary(self) -> WriteSummary:
         """Return what was written so far."""
@@ -430,13 +433,19 @@ class DatasetWriter:
         self._is_torn = False
 
     def _end(self, how: str) -> None:
-        self._closed = how
+        self._closed = self._closed or how
         if os.getpid() == self._process:
-            self._io.stop()
-        self._publisher.close()
-        for series in self._all_series():
-            series.close()
-        self._lock.release()
+            self._io.stop(self._let_go)
+        else:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Close what is open and give the rank back, when no job runs any more: each whatever becomes of the others."""
+        with suppress(OSError), ExitStack() as stack:
+            stack.callback(self._lock.release)
+            for series in self._all_series():
+                stack.callback(series.close)
+            stack.callback(self._publisher.close)
 
 
 def _last_row(entry: SiteEntry | None) -> int:

@@ -1,15 +1,17 @@
 """The disk, the thread that writes to it, and the lock on a rank."""
 
 import os
+import resource
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from strapfmt import spec
-from strapfmt.commit import Disk, IoThread, Lock, Publisher
-from strapfmt.errors import WriteError, WriterConflictError
+from strapfmt.commit import Disk, IoThread, Lock, Publisher, check_open_files
+from strapfmt.errors import ArgumentError, WriteError, WriterConflictError
 
 
 def test_a_published_file_is_whole_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -83,7 +85,7 @@ def test_jobs_run_in_order() -> None:
         thread.submit(lambda i=i: done.append(i), 10)  # type: ignore[misc]
     thread.wait()
     assert done == list(range(500))
-    thread.stop()
+    thread.stop(lambda: None)
 
 
 def test_submitting_blocks_while_more_than_the_limit_waits() -> None:
@@ -99,7 +101,7 @@ def test_submitting_blocks_while_more_than_the_limit_waits() -> None:
     blocked.join(5)
     thread.wait()
     assert done == [1, 2]
-    thread.stop()
+    thread.stop(lambda: None)
 
 
 def test_a_failure_stops_the_rest_and_is_raised_wherever_one_waits() -> None:
@@ -117,7 +119,7 @@ def test_a_failure_stops_the_rest_and_is_raised_wherever_one_waits() -> None:
         with pytest.raises(WriteError, match="no space left") as caught:
             call()
         assert caught.value.errno == 28
-    thread.stop()
+    thread.stop(lambda: None)
     assert done == []
 
 
@@ -133,7 +135,7 @@ def test_a_failure_wakes_who_waits_for_room() -> None:
     timer.start()
     with pytest.raises(WriteError, match="MemoryError"):
         thread.submit(lambda: None, 1)
-    thread.stop()
+    thread.stop(lambda: None)
     timer.join()
 
 
@@ -141,9 +143,17 @@ def test_stopping_finishes_what_is_queued() -> None:
     thread, done = IoThread(1 << 20), list[int]()
     for i in range(20):
         thread.submit(lambda i=i: (time.sleep(0.002), done.append(i))[1])  # type: ignore[misc]
-    thread.stop()
-    assert done == list(range(20))
-    thread.stop()
+    thread.stop(lambda: done.append(-1))
+    assert done == [*range(20), -1]
+    thread.stop(lambda: done.append(-2))
+    assert done == [*range(20), -1]
+
+
+def test_a_thread_that_never_had_a_job_is_never_started() -> None:
+    thread, done = IoThread(1 << 20), list[int]()
+    thread.wait()
+    thread.stop(lambda: done.append(threading.get_ident()))
+    assert done == [threading.get_ident()]
 
 
 def test_one_writer_holds_a_lock_and_the_next_learns_who(tmp_path: Path) -> None:
@@ -160,3 +170,77 @@ def test_a_lock_follows_no_link(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic links"):
         Lock(tmp_path)
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_lock_holds_without_its_note_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    for call in ("ftruncate", "pwrite"):
+        monkeypatch.setattr(f"strapfmt.commit.os.{call}", full)
+        lock = Lock(tmp_path)
+        with pytest.raises(WriterConflictError):
+            Lock(tmp_path)
+        lock.release()
+        monkeypatch.undo()
+    Lock(tmp_path).release()
+
+
+def test_a_lock_that_cannot_be_had_keeps_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    n_descriptors = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr("strapfmt.commit.fcntl.flock", refuse)
+    with pytest.raises(OSError, match="No locks"):
+        Lock(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == n_descriptors
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, replaced: bool
+) -> None:
+    def lock_late(fd: int, how: int) -> None:
+        (tmp_path / spec.LOCK_NAME).unlink()
+        if replaced:
+            (tmp_path / spec.LOCK_NAME).touch()
+
+    monkeypatch.setattr("strapfmt.commit.fcntl.flock", lock_late)
+    with pytest.raises(WriterConflictError, match="try again"):
+        Lock(tmp_path)
+
+
+# Descriptors.
+
+
+@pytest.fixture
+def few_files() -> Iterator[int]:
+    """Lower the soft limit of open files to a few more than there are; return the hard one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 10, hard))
+    yield hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_limit_of_open_files_is_raised_as_needed_and_no_further(tmp_path: Path, few_files: int) -> None:
+    before, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    descriptors = [Disk().create(tmp_path / str(i)) for i in range(300)]
+    after, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for fd in descriptors:
+        os.close(fd)
+    assert hard == few_files
+    assert before < 300 < after < 2000
+
+
+def test_more_files_than_the_hard_limit_allows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strapfmt.commit.resource.getrlimit", lambda _: (1024, 1024))
+    check_open_files(800, "site 'x'")
+    with pytest.raises(ArgumentError, match=r"site 'x': expected at most 896 files .*ulimit -Hn"):
+        check_open_files(897, "site 'x'")
+    monkeypatch.setattr("strapfmt.commit.resource.getrlimit", lambda _: (1024, resource.RLIM_INFINITY))
+    check_open_files(1 << 20, "site 'x'")

@@ -1,7 +1,9 @@
 """A killed writer, a failing disk, a full disk: what was acknowledged is there exactly, nothing is claimed wrongly."""
 
 import ast
+import dis
 import errno
+import linecache
 import multiprocessing
 import os
 import random
@@ -16,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +26,13 @@ from small_datasets import Contents, Script, contents_of, quick_directory
 
 import strapfmt.commit
 from strapfmt.commit import Disk
-from strapfmt.errors import DatasetNotFoundError, StrapfmtError, WriteError, WriterClosedError
+from strapfmt.errors import (
+    DatasetNotFoundError,
+    StrapfmtError,
+    WriteError,
+    WriterClosedError,
+    WriterConflictError,
+)
 from strapfmt.reader import Reader
 from strapfmt.repair import repair
 from strapfmt.schema import SiteSpec
@@ -212,6 +221,10 @@ class FailingDisk(Disk):
     def mkdir(self, path: Path) -> None:
         self._check()
         super().mkdir(path)
+
+    def rmdir(self, path: Path) -> None:
+        self._check()
+        super().rmdir(path)
 
     def sync_directory(self, path: Path) -> None:
         self._check()
@@ -442,7 +455,7 @@ def interrupt_at(line: int, act: Callable[[], None]) -> bool:
         nonlocal n_lines
         if "/strapfmt/" not in frame.f_code.co_filename:  # type: ignore[attr-defined]
             return None
-        if event == "line":
+        if event == "line" and not _ends_with_block(frame):
             n_lines += 1
             if n_lines == line:
                 sys.settrace(None)
@@ -458,6 +471,12 @@ def interrupt_at(line: int, act: Callable[[], None]) -> bool:
     finally:
         sys.settrace(before)
     return False
+
+
+def _ends_with_block(frame: Any) -> bool:
+    """Whether a `with` statement calls `__exit__` next: a line to a tracer, but no signal can come before it."""
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
+    return line.startswith("with ") and dis.opname[frame.f_code.co_code[frame.f_lasti]] == "LOAD_CONST"
 
 
 @pytest.mark.parametrize("retry", [False, True], ids=["abort", "goes_on"])
@@ -493,6 +512,98 @@ def test_an_interrupt_anywhere_in_a_commit_costs_no_committed_step(retry: bool) 
                 assert found >= (n_steps if retry or not was_interrupted else 2)
             shutil.rmtree(path)
     assert line > 200
+
+
+class SlowDisk(Disk):
+    """Answers no fsync before it may."""
+
+    def __init__(self) -> None:
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+
+    def fsync(self, fd: int) -> None:
+        self.may_answer.wait()
+        super().fsync(fd)
+
+
+def interrupt_soon() -> threading.Timer:
+    """Raise `Interrupted` in this thread after a moment, as Ctrl-C would."""
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    signal.signal(signal.SIGUSR1, interrupt)
+    timer = threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGUSR1))
+    timer.start()
+    return timer
+
+
+@pytest.mark.parametrize("asks_again", [False, True])
+def test_an_interrupt_while_abort_waits_gives_the_rank_back_all_the_same(
+    tmp_path: Path, *, asks_again: bool
+) -> None:
+    path, disk = tmp_path / "a.strap", SlowDisk()
+    writer = DatasetWriter(path, disk=disk, commit_interval_s=0.0)
+    Script().declare(writer)
+    disk.may_answer.clear()
+    Script().write(writer, 0)  # ends its step, which begins a commit
+    timer = interrupt_soon()
+    with pytest.raises(Interrupted):
+        writer.abort()
+    timer.join()
+    with pytest.raises(WriterConflictError):  # not before the commit under way is over
+        DatasetWriter(path, mode="append")
+    disk.may_answer.set()
+    if asks_again:
+        writer.abort()
+    deadline = time.monotonic() + 20
+    while any(thread.name == "strapfmt-io" for thread in threading.enumerate()):
+        assert not asks_again
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with DatasetWriter(path, mode="append", commit_interval_s=1e9) as writer:
+        Script().declare(writer)
+        Script().write(writer, 1)
+    with Reader(path, verify="always") as reader:
+        assert contents_of(reader) == Script().contents(2)
+
+
+def test_abort_finishes_the_commit_that_a_step_began_and_gives_up_what_came_after(tmp_path: Path) -> None:
+    path, disk = tmp_path / "a.strap", SlowDisk()
+    writer = DatasetWriter(path, disk=disk, commit_interval_s=0.0)
+    writer.add_site(SiteSpec(name="a", dtype="int64", shape=(), row_space="own", statistics=()))
+    writer.commit()
+    disk.may_answer.clear()
+    for step in range(3):  # the first begins a commit, which waits for the disk
+        writer.write("a", np.full(2, step))
+        writer.end_step()
+    timer = threading.Timer(0.2, disk.may_answer.set)
+    timer.start()
+    writer.abort()
+    timer.join()
+    with Reader(path, verify="always") as reader:
+        assert reader["a"].tensor().tolist() == [0, 0]
+        assert not reader.report.is_clean
+
+
+def test_abort_lets_go_of_everything_even_if_closing_fails(tmp_path: Path) -> None:
+    class BadClose(Disk):
+        fails = False
+
+        def close(self, fd: int) -> None:
+            super().close(fd)
+            if self.fails:
+                raise OSError(errno.EIO, "lost")
+
+    disk, n_descriptors = BadClose(), len(os.listdir("/proc/self/fd"))
+    writer = DatasetWriter(tmp_path / "a.strap", disk=disk, batch_bytes=128, commit_interval_s=1e9)
+    Script().declare(writer)
+    Script().write(writer, 0)
+    writer.wait()
+    disk.fails = True
+    writer.abort()
+    assert len(os.listdir("/proc/self/fd")) == n_descriptors
+    DatasetWriter(tmp_path / "a.strap", mode="append").close()
 
 
 def test_an_interrupted_with_block_keeps_the_last_commit(tmp_path: Path) -> None:
