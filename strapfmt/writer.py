@@ -7,29 +7,25 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Self
 
 import numpy.typing as npt
-import pyarrow as pa
 
 from strapfmt import spec
-from strapfmt.arrowfile import MessageEncoder
 from strapfmt.claim import claim_rank
-from strapfmt.codecs import get_codec
 from strapfmt.commit import Disk, IoThread, Publisher
 from strapfmt.errors import ArgumentError, SiteNotFoundError, WriterClosedError
 from strapfmt.json_fields import plain_json
-from strapfmt.layout import body_alignment, plan_layout
-from strapfmt.manifest import COUNTERS, Counts, Manifest, SiteEntry, file_slug
-from strapfmt.paths import absolute_path
+from strapfmt.manifest import COUNTERS
+from strapfmt.manifest_writer import ManifestWriter, next_manifest
+from strapfmt.paths import target_path
 from strapfmt.report import SiteCount, WriteSummary
-from strapfmt.row_buffer import BufferPool
 from strapfmt.row_checks import check_columns, check_count, check_values
-from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, site_schema, with_session
+from strapfmt.schema import TABLE_SCHEMAS, SiteSpec
 from strapfmt.series import ShardSeries
+from strapfmt.session import Session
 from strapfmt.site_writer import SiteWriter, TableWriter
 
 __all__ = ["COMMIT_INTERVAL_S", "DatasetWriter"]
@@ -38,8 +34,6 @@ Array = npt.NDArray[Any]
 
 COMMIT_INTERVAL_S = 10.0
 _QUEUE_BYTES = 64 << 20
-#: Files that a commit replaced stay so long for readers that have just read the manifest before.
-_GRACE_S = 2.0
 
 
 class DatasetWriter:
@@ -48,7 +42,8 @@ class DatasetWriter:
     Parameters
     ----------
     path : path
-        The dataset's directory, whose name ends in `.strap`.
+        The dataset's directory, whose name ends in `.strap`, or a link to one: what the link leads to is written, or
+        overwritten, and the link stays.
     rank : int, optional
         This writer's place among several that write the same dataset. None: the only writer, at rank 0.
     mode : {"create", "overwrite", "append"}
@@ -69,6 +64,8 @@ class DatasetWriter:
         As `mode` demands.
     WriterConflictError
         If another writer holds this rank.
+    WriteError
+        If the system refuses (a full disk, no permission); its errno is kept. A new rank is then gone again.
     """
 
     def __init__(
@@ -88,38 +85,22 @@ class DatasetWriter:
                 "batch_bytes and shard_bytes: expected >= 1; commit_interval_s: expected >= 0"
             )
         facts = plain_json(provenance or {}, "provenance")
-        self.path, self.rank = absolute_path(path), rank or 0
-        self._batch_bytes = batch_bytes
+        self.path, self.rank = target_path(path), rank or 0
         self._commit_interval_s = commit_interval_s
-        self._disk = disk or Disk()
-        self._root = self.path / spec.RANK_DIRECTORY.format(rank=self.rank)
-        self._lock, self._manifest = claim_rank(self._disk, self.path, rank, mode)
-        self._counters = dict(self._manifest.counters)
-        session = {**facts, "started_ns": time.time_ns(), "counters": dict(self._counters)}
-        self._sessions = [*self._manifest.sessions, session]
         self._counting = threading.Lock()
         self._sites: dict[str, SiteWriter] = {}
-        self._before = {entry.spec.name: entry for entry in self._manifest.sites}
-        self._specs = {name: entry.spec for name, entry in self._before.items()}
         self._tables: dict[str, TableWriter] = {}
         self._n_bytes = 0
         self._closed, self._is_torn = "", False
         self._process = os.getpid()
-        self._last_commit = time.monotonic()
-        self._commits_done = self._manifest.commit
-        self._io, self._pool = IoThread(_QUEUE_BYTES), BufferPool(_QUEUE_BYTES)
+        self._disk, self._io = disk or Disk(), IoThread(_QUEUE_BYTES)
         self._publisher = Publisher(self._disk)
-        self._make_series = partial(
-            ShardSeries,
-            disk=self._disk,
-            io=self._io,
-            publisher=self._publisher,
-            root=self._root,
-            shard_bytes=shard_bytes,
-            session=len(self._sessions) - 1,
-        )
+        self._claim = claim_rank(self._disk, self.path, rank, mode)
+        self._manifest = self._claim.manifest
+        self._specs = {entry.spec.name: entry.spec for entry in self._manifest.sites}
+        self._counters = dict(self._manifest.counters)
         try:
-            self._publish_first()
+            self._begin(facts, batch_bytes, shard_bytes)
         except BaseException:
             self.abort()
             raise
@@ -245,8 +226,7 @@ class DatasetWriter:
     def end_step(self) -> None:
         """Say that a step is complete; commits in the background when the interval has passed."""
         self._check_open()
-        due = time.monotonic() - self._last_commit >= self._commit_interval_s
-        if due and self._commits_done == self._manifest.commit:
+        if time.monotonic() - self._last_commit >= self._commit_interval_s and self._manifests.is_idle:
             self._commit()
 
     def commit(self) -> None:
@@ -268,7 +248,7 @@ class DatasetWriter:
         facts = plain_json(provenance or {}, "provenance")
         try:
             self._check_open()
-            self._sessions[-1] = {**facts, **self._sessions[-1], "ended_ns": time.time_ns()}
+            self._session.end(facts)
             self._commit(sealing=True)
             self._io.wait()
         except BaseException:
@@ -311,12 +291,20 @@ class DatasetWriter:
 
     # Sites, tables and commits.
 
-    def _publish_first(self) -> None:
-        for name in (spec.SITES_DIRECTORY, spec.TABLES_DIRECTORY):
-            if not (self._root / name).exists():
-                self._disk.mkdir(self._root / name)
-        for directory in (self.path, self.path.parent):
-            self._disk.sync_directory(directory)
+    def _begin(self, facts: Mapping[str, Any], batch_bytes: int, shard_bytes: int) -> None:
+        """Begin a session; its first commit makes a new rank a dataset."""
+        self._manifests = ManifestWriter(self._claim.root, self._io, self._publisher)
+        self._session = Session(
+            self._manifest,
+            root=self._claim.root,
+            disk=self._disk,
+            io=self._io,
+            publisher=self._publisher,
+            facts=facts,
+            batch_bytes=batch_bytes,
+            shard_bytes=shard_bytes,
+        )
+        self._io.submit(self._make_directories)
         self._commit()
         self._io.wait()
 
@@ -325,43 +313,20 @@ class DatasetWriter:
             raise SiteNotFoundError(site, self._sites, "this writer (declare it with add_site)")
         return self._sites[site]
 
+    def _make_directories(self) -> None:
+        for name in (spec.SITES_DIRECTORY, spec.TABLES_DIRECTORY):
+            if not (self._claim.root / name).exists():
+                self._disk.mkdir(self._claim.root / name)
+        for directory in (self.path, self.path.parent):
+            self._disk.sync_directory(directory)
+
     def _open_site(self, site: SiteSpec) -> SiteWriter:
-        entry = self._before.get(site.name)
-        encoder = self._encoder(site_schema(site), site.codec)
-        layout = entry.layout if entry else plan_layout(site, encoder.header_bytes(), self._batch_bytes)
-        series = self._make_series(
-            directory=f"{spec.SITES_DIRECTORY}/{file_slug(site.name)}",
-            encoder=encoder,
-            codec=site.codec,
-            alignment=body_alignment(site, layout),
-            done=entry.shards if entry else (),
-        )
-        return SiteWriter(
-            site,
-            layout,
-            series,
-            counts=entry.counts if entry else Counts(),
-            last_row=_last_row(entry),
-            batch_bytes=self._batch_bytes,
-            pool=self._pool,
-        )
+        return self._session.open_site(site)
 
     def _table(self, name: str) -> TableWriter:
         if name not in self._tables:
-            entry = next((entry for entry in self._manifest.tables if entry.name == name), None)
-            encoder = self._encoder(TABLE_SCHEMAS[name], "none")
-            series = self._make_series(
-                directory=f"{spec.TABLES_DIRECTORY}/{name}",
-                encoder=encoder,
-                done=entry.shards if entry else (),
-            )
-            self._tables[name] = TableWriter(
-                name, series, rank=self.rank, counters=self._sessions[-1]["counters"]
-            )
+            self._tables[name] = self._session.open_table(name)
         return self._tables[name]
-
-    def _encoder(self, schema: pa.Schema, codec: str) -> MessageEncoder:
-        return MessageEncoder(with_session(schema, len(self._sessions) - 1), get_codec(codec))
 
     def _all_series(self) -> list[ShardSeries]:
         return [
@@ -375,40 +340,21 @@ class DatasetWriter:
 
     def _commit(self, *, sealing: bool = False) -> None:
         with self._undivided():
-            self._schedule_commit(self._manifest.commit + 1, sealing=sealing)
-
-    def _schedule_commit(self, number: int, *, sealing: bool) -> None:
-        tables = [table.seal() if sealing else table.commit(number) for table in self._tables.values()]
-        sites = [site.seal() if sealing else site.commit(number) for site in self._sites.values()]
-        with self._counting:
-            counters = dict(self._counters)
-        self._manifest = Manifest(
-            rank=self.rank,
-            writer_id=self._manifest.writer_id,
-            commit=number,
-            is_clean=sealing,
-            created_ns=self._manifest.created_ns,
-            committed_ns=time.time_ns(),
-            counters={name: counters[name] for name in COUNTERS},
-            sessions=tuple(self._sessions),
-            sites=tuple({entry.spec.name: entry for entry in (*self._manifest.sites, *sites)}.values()),
-            tables=tuple({entry.name: entry for entry in (*self._manifest.tables, *tables)}.values()),
-            optional_features=self._manifest.optional_features,
-        )
-        all_series = self._all_series()
-        directories = [series.directory for series in all_series if series.take_changed()]
-        superseded = [path for series in all_series for path in series.take_superseded()]
-        data = self._manifest.encode()
-        self._io.submit(lambda: self._publish(data, directories, superseded, number, is_last=sealing))
-        self._last_commit = time.monotonic()
-
-    def _publish(
-        self, data: bytes, directories: list[Path], superseded: list[Path], number: int, *, is_last: bool
-    ) -> None:
-        """Publish a manifest; runs on the I/O thread, behind everything that the manifest names."""
-        self._publisher.commit(self._root / spec.MANIFEST_NAME, data, directories)
-        self._publisher.remove(superseded, after_s=0 if is_last else _GRACE_S)
-        self._commits_done = number
+            number = self._manifest.commit + 1
+            tables = [table.seal() if sealing else table.commit(number) for table in self._tables.values()]
+            sites = [site.seal() if sealing else site.commit(number) for site in self._sites.values()]
+            with self._counting:
+                counters = dict(self._counters)
+            self._manifest = next_manifest(
+                self._manifest,
+                counters=counters,
+                sessions=self._session.entries,
+                sites=sites,
+                tables=tables,
+                is_clean=sealing,
+            )
+            self._manifests.commit(self._manifest, self._all_series())
+            self._last_commit = time.monotonic()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -442,11 +388,7 @@ class DatasetWriter:
     def _let_go(self) -> None:
         """Close what is open and give the rank back, when no job runs any more: each whatever becomes of the others."""
         with suppress(OSError), ExitStack() as stack:
-            stack.callback(self._lock.release)
+            stack.callback(self._claim.release)
             for series in self._all_series():
                 stack.callback(series.close)
             stack.callback(self._publisher.close)
-
-
-def _last_row(entry: SiteEntry | None) -> int:
-    return -1 if entry is None else max((shard.last_row or 0 for shard in entry.shards), default=-1)

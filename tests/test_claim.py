@@ -1,13 +1,27 @@
 """A writer gets its rank, or an error at once that says whose it is and what to do."""
 
+import errno
+import os
+import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import strapfmt
+from strapfmt import spec
 from strapfmt.claim import check_writable
-from strapfmt.errors import ArgumentError, DatasetExistsError, UnsupportedError, WriterConflictError
+from strapfmt.commit import Disk, Lock
+from strapfmt.errors import (
+    ArgumentError,
+    DatasetExistsError,
+    DatasetNotFoundError,
+    UnsupportedError,
+    WriteError,
+    WriterConflictError,
+)
 from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
 
@@ -37,7 +51,7 @@ def test_a_directory_of_other_things_is_refused(tmp_path: Path, mode: str) -> No
     path = tmp_path / "x.strap"
     path.mkdir()
     (path / "thesis.tex").write_text("years of work")
-    with pytest.raises((DatasetExistsError, strapfmt.DatasetNotFoundError)):
+    with pytest.raises((DatasetExistsError, DatasetNotFoundError)):
         check_writable(path, mode=mode)
     assert [entry.name for entry in path.iterdir()] == ["thesis.tex"]
 
@@ -136,3 +150,178 @@ def test_what_is_no_path_is_refused() -> None:
     for wrong in (None, 3, b"x.strap"):
         with pytest.raises(ArgumentError, match="path: expected"):
             DatasetWriter(wrong)  # type: ignore[arg-type]
+
+
+# Links.
+
+
+def write_one(path: Path, mode: Any, value: int) -> DatasetWriter:
+    with DatasetWriter(path, mode=mode) as writer:
+        writer.add_site(SiteSpec(name="s", dtype="uint8", shape=(), row_space="own", statistics=()))
+        writer.write("s", np.full(3, value, np.uint8))
+    return writer
+
+
+@pytest.mark.parametrize("exists", [False, True], ids=["dangling", "empty"])
+def test_a_link_to_a_dataset_is_written_through_and_stays(tmp_path: Path, *, exists: bool) -> None:
+    target, link = tmp_path / "big disk" / "run.strap", tmp_path / "run.strap"
+    if exists:
+        target.mkdir(parents=True)
+    link.symlink_to(target)
+    assert write_one(link, "create", 1).path == target
+    write_one(link, "append", 2)
+    with strapfmt.open(link) as dataset:
+        assert dataset["s"].tensor().tolist() == [1, 1, 1, 2, 2, 2]
+    with pytest.raises(DatasetExistsError):
+        DatasetWriter(link)
+    write_one(link, "overwrite", 3)
+    with strapfmt.open(link) as dataset:
+        assert dataset["s"].tensor().tolist() == [3, 3, 3]
+    assert link.is_symlink()
+    assert not target.is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["big disk", "run.strap"]
+    assert os.listdir(target.parent) == ["run.strap"]
+
+
+def test_a_link_must_lead_to_where_a_dataset_may_be(tmp_path: Path) -> None:
+    circle, other = tmp_path / "circle.strap", tmp_path / "other.strap"
+    circle.symlink_to(circle)
+    other.symlink_to(tmp_path / "documents")
+    with pytest.raises(ArgumentError, match="leads back to itself"):
+        DatasetWriter(circle)
+    with pytest.raises(ArgumentError, match=r"ends in '\.strap'; got .*documents"):
+        DatasetWriter(other)
+    assert sorted(os.listdir(tmp_path)) == ["circle.strap", "other.strap"]
+
+
+# What the system refuses.
+
+
+@pytest.mark.parametrize(
+    "name", ["a\0b.strap", "\ud800.strap", "x" * 300 + ".strap", "x/" * 3000 + "y.strap"]
+)
+def test_a_path_that_cannot_be_is_refused(tmp_path: Path, name: str) -> None:
+    for act in (DatasetWriter, check_writable, strapfmt.open, strapfmt.verify):
+        with pytest.raises(ArgumentError, match="path: expected one that can exist"):
+            act(tmp_path / name)  # type: ignore[operator]
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("mode", ["create", "append", "overwrite"])
+def test_a_read_only_disk_is_an_error_of_ours(tmp_path: Path, mode: Any) -> None:
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mounted)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs is not allowed here")
+    try:
+        write_one(mounted / "old.strap", "create", 1)
+        subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
+        path = mounted / ("new.strap" if mode == "create" else "old.strap")
+        with pytest.raises(WriteError, match=r"was not opened for writing: .*Read-only") as caught:
+            DatasetWriter(path, mode=mode)
+        assert caught.value.errno == errno.EROFS
+        with pytest.raises(DatasetExistsError):
+            DatasetWriter(mounted / "old.strap")
+        with strapfmt.open(mounted / "old.strap") as dataset:
+            assert dataset["s"].tensor().tolist() == [1, 1, 1]
+    finally:
+        subprocess.run(["umount", str(mounted)], check=True)
+
+
+@pytest.mark.parametrize("refused", ["mkdir", "create", "write", "fsync", "rename", "sync_directory"])
+def test_a_create_that_fails_leaves_nothing_behind(tmp_path: Path, refused: str) -> None:
+    class Full(Disk):
+        pass
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    setattr(Full, refused, fail)
+    path = tmp_path / "new" / "x.strap"
+    n_descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(WriteError, match="No space left") as caught:
+        DatasetWriter(path, disk=Full())
+    assert caught.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path) == []
+    assert len(os.listdir("/proc/self/fd")) == n_descriptors
+    DatasetWriter(path).close()
+
+
+def test_a_create_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    class Full(Disk):
+        def fsync(self, fd: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "x.strap"
+    path.mkdir()
+    with pytest.raises(WriteError):
+        DatasetWriter(path, disk=Full())
+    assert os.listdir(path) == []
+    DatasetWriter(path, rank=0).close()
+    with pytest.raises(WriteError):
+        DatasetWriter(path, rank=1, disk=Full())
+    assert os.listdir(path) == ["rank-00000"]
+    before = (path / "rank-00000" / spec.MANIFEST_NAME).read_bytes()
+    with pytest.raises(WriteError):
+        DatasetWriter(path, rank=0, mode="append", disk=Full())
+    assert (path / "rank-00000" / spec.MANIFEST_NAME).read_bytes() == before
+
+
+# What a writer left that ended before its first commit.
+
+
+def leave(path: Path, *names: str) -> Path:
+    root = path / "rank-00000"
+    root.mkdir(parents=True)
+    for name in names:
+        if name.endswith("/"):
+            (root / name).mkdir(parents=True)
+        else:
+            (root / name).write_bytes(b"left")
+    return root
+
+
+@pytest.mark.parametrize("rank", [None, 0])
+@pytest.mark.parametrize(
+    "names",
+    [
+        (),
+        ("writer.lock",),
+        ("writer.lock", "sites/"),
+        ("writer.lock", "sites/", "tables/", "manifest.json.tmp"),
+    ],
+    ids=len,
+)
+def test_what_never_committed_is_created_over(
+    tmp_path: Path, names: tuple[str, ...], rank: int | None
+) -> None:
+    path = tmp_path / "x.strap"
+    leave(path, *names)
+    with pytest.raises(DatasetNotFoundError, match="nothing was ever committed here; use mode='create'"):
+        DatasetWriter(path, rank=rank, mode="append")
+    DatasetWriter(path, rank=rank).close()
+    assert strapfmt.open(path).ranks == [0]
+    assert strapfmt.verify(path).problems == ()
+
+
+@pytest.mark.parametrize("name", ["sites/x/", "notes.txt", "sites", "manifest.json.tmp/"])
+def test_files_without_a_manifest_are_never_created_over(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "x.strap"
+    root = leave(path, "writer.lock", name)
+    before = sorted(path.rglob("*"))
+    for mode, kind in (("create", DatasetExistsError), ("append", DatasetNotFoundError)):
+        with pytest.raises(kind, match=r"no manifest\.json .*`strapfmt repair`"):
+            DatasetWriter(path, mode=mode)  # type: ignore[arg-type]
+    assert sorted(path.rglob("*")) == before
+    assert (root / "writer.lock").exists()
+
+
+def test_a_rank_that_is_being_made_is_not_taken(tmp_path: Path) -> None:
+    path = tmp_path / "x.strap"
+    lock = Lock(leave(path))
+    for mode in ("create", "overwrite"):
+        with pytest.raises(WriterConflictError, match="is writing here"):
+            DatasetWriter(path, mode=mode)  # type: ignore[arg-type]
+    lock.release()
+    DatasetWriter(path).close()

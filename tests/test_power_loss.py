@@ -17,7 +17,7 @@ import pytest
 from small_datasets import Contents, Script, contents_of, quick_directory
 
 from strapfmt.commit import Disk
-from strapfmt.errors import DatasetNotFoundError, StrapfmtError
+from strapfmt.errors import DatasetExistsError, DatasetNotFoundError, StrapfmtError
 from strapfmt.reader import Reader
 from strapfmt.writer import DatasetWriter
 
@@ -307,6 +307,35 @@ def test_every_state_after_a_power_loss_is_a_committed_prefix_in_the_long_form(
     known: dict[int, Contents],
 ) -> None:
     assert count_states(RecordingDisk, N_SLOW_STATES, known) == (N_SLOW_STATES, 0)
+
+
+def test_what_a_power_loss_leaves_of_a_new_rank_is_created_over_unless_it_was_committed() -> None:
+    rng, seen = random.Random(1), dict[int, bool]()
+    with quick_directory() as directory:
+        disk = RecordingDisk(directory / "run.strap")
+        DatasetWriter(disk.path, disk=disk).close()
+        for _, folder in disk.moments:
+            for state in states_after(folder, rng, 8):
+                key = hash(tuple(sorted(state.items())))
+                if key not in seen:
+                    path = directory / f"{len(seen)}.strap"
+                    path.mkdir()
+                    Layout(path).become(state)
+                    seen[key] = is_created_over(path)
+    assert len(seen) > 10
+    assert set(seen.values()) == {False, True}
+
+
+def is_created_over(path: Path) -> bool:
+    """Create over what a power loss left, as must be possible if nothing was committed; return whether it was."""
+    try:
+        Reader(path).close()
+    except DatasetNotFoundError:
+        DatasetWriter(path).close()
+        return True
+    with pytest.raises(DatasetExistsError):
+        DatasetWriter(path)
+    return False
 
 
 @pytest.mark.parametrize("kind", [ForgetfulDisk, ForgetfulFolders])

@@ -22,6 +22,7 @@ from strapfmt.errors import (
     DatasetExistsError,
     DatasetNotFoundError,
     SiteNotFoundError,
+    WriteError,
     WriterClosedError,
     WriterConflictError,
 )
@@ -551,26 +552,137 @@ def test_shards_roll_over_at_their_size(path: Path) -> None:
     assert all(20_000 <= size < 25_000 for size in sizes[:-1])
 
 
+class CountingDisk(Disk):
+    """Notes the highest descriptor; the system always gives the lowest that is free."""
+
+    highest = 0
+
+    def create(self, path: Path) -> int:
+        fd = super().create(path)
+        self.highest = max(self.highest, fd)
+        return fd
+
+
 def test_many_shards_and_sites_need_few_descriptors(path: Path) -> None:
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
     n_open = len(os.listdir("/proc/self/fd"))
     site = SiteSpec(name="a", dtype="int32", shape=(4,), row_space="own", statistics=())
     model, rng = Model(), np.random.default_rng(0)
     model.add_site(site)
-    with DatasetWriter(path, batch_bytes=64, shard_bytes=1, commit_interval_s=1e9) as writer:
+    disk = CountingDisk()
+    with DatasetWriter(path, batch_bytes=64, shard_bytes=1, commit_interval_s=1e9, disk=disk) as writer:
         writer.add_site(site)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 30, before[1]))
-        try:
-            chunk = random_chunk(site, 8 * 1030, rng)
-            write_chunk(writer, site, chunk, None)
-            writer.close()
-            model.add("a", chunk, None)
-            with Reader(path, verify="always") as reader:
-                assert len(reader.manifests[0].sites[0].shards) > 1024
-                check_routes(reader["a"], model, rng)
-                assert len(os.listdir("/proc/self/fd")) < n_open + 10
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        chunk = random_chunk(site, 8 * 1030, rng)
+        write_chunk(writer, site, chunk, None)
+        writer.close()
+    assert disk.highest < n_open + 30
+    model.add("a", chunk, None)
+    with Reader(path, verify="always") as reader:
+        assert len(reader.manifests[0].sites[0].shards) > 1024
+        check_routes(reader["a"], model, rng)
+        assert len(os.listdir("/proc/self/fd")) < n_open + 10
+
+
+def test_more_sites_than_files_may_be_open_are_written(path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    n_sites = 400
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, hard))
+    try:
+        with DatasetWriter(path, commit_interval_s=1e9) as writer:
+            for i in range(n_sites):
+                writer.add_site(
+                    SiteSpec(name=f"s{i}", dtype="uint8", shape=(), row_space="own", statistics=())
+                )
+            for _ in range(2):
+                for i in range(n_sites):
+                    writer.write(f"s{i}", np.full(2, i % 256, np.uint8))
+                writer.commit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with Reader(path, verify="always") as reader:
+        assert len(reader.names) == n_sites
+        assert reader["s399"].tensor().tolist() == [399 % 256] * 4
+
+
+# What readers would refuse is not published.
+
+
+def test_a_site_too_many_is_refused_when_it_is_declared(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spec, "MAX_SITES", 3)
+    sites = [
+        SiteSpec(name=f"s{i}", dtype="uint8", shape=(), row_space="own", statistics=()) for i in range(4)
+    ]
+    with DatasetWriter(path) as writer:
+        writer.add_site(sites[0])
+        writer.add_site(sites[1])
+    with DatasetWriter(path, mode="append") as writer:
+        writer.add_site(sites[2])
+        with pytest.raises(ArgumentError, match="'s3': a dataset holds at most 3 sites"):
+            writer.add_site(sites[3])
+        writer.add_site(sites[0])
+        writer.write("s0", np.ones(2, np.uint8))
+    with Reader(path) as reader:
+        assert {name: len(reader[name]) for name in reader.names} == {"s0": 2, "s1": 0, "s2": 0}
+
+
+@pytest.mark.parametrize(
+    ("limit", "n"), [("MAX_MANIFEST_BYTES", 9_000), ("MAX_SHARDS", 12), ("MAX_SITES", 3)], ids=str
+)
+def test_a_commit_that_no_reader_would_take_is_refused_and_the_last_stays(
+    path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, n: int
+) -> None:
+    writer = DatasetWriter(path, batch_bytes=1, shard_bytes=1, commit_interval_s=1e9)
+    for site in (OWN, FIXED, RAGGED):
+        writer.add_site(site)
+    if limit == "MAX_SITES":
+        writer.add_site(SiteSpec(name="one more", dtype="uint8", shape=(), statistics=()))
+    n_rows = 0
+    monkeypatch.setattr(spec, limit, n)
+
+    def write_until_refused() -> None:
+        nonlocal n_rows
+        for _ in range(100):
+            writer.write("o", np.full(1024, 7, np.uint8))
+            writer.commit()
+            n_rows += 1024
+
+    with pytest.raises(WriteError, match=r"last commit stays readable: .*manifest\.json: expected at most"):
+        write_until_refused()
+    with pytest.raises(WriteError):
+        writer.commit()
+    with pytest.raises(WriteError):
+        writer.close()
+    with Reader(path, verify="always") as reader:
+        assert sum(len(reader[name]) for name in reader.names) == n_rows
+    monkeypatch.undo()
+    with DatasetWriter(path, mode="append") as writer:
+        writer.add_site(OWN)
+        writer.write("o", np.full(3, 7, np.uint8))
+    with Reader(path, verify="always") as reader:
+        assert len(reader["o"]) == n_rows + 3
+
+
+def test_sessions_that_outgrow_the_manifest_are_refused_and_give_the_rank_back(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spec, "MAX_MANIFEST_BYTES", 8_000)
+    n_rows = 0
+
+    def add_sessions() -> None:
+        nonlocal n_rows
+        for session in range(100):
+            mode: Any = "append" if session else "create"
+            with DatasetWriter(path, mode=mode, provenance={"much": "x" * 900}) as writer:
+                writer.add_site(OWN)
+                writer.write("o", np.zeros(2, np.uint8))
+            n_rows += 2
+
+    with pytest.raises(WriteError, match="expected at most 8000 bytes"):
+        add_sessions()
+    assert n_rows > 6
+    with Reader(path, verify="always") as reader:
+        assert len(reader["o"]) == n_rows
+    monkeypatch.undo()
+    DatasetWriter(path, mode="append").close()
 
 
 # Provenance, closing.
