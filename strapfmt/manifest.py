@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from strapfmt import spec
@@ -24,6 +25,7 @@ COUNTERS = ("row", "step", "sequence")
 _SAFE_FILE = re.compile(r"(sites|tables)/[a-z0-9][a-z0-9._~-]{0,127}/[0-9]{6}[a-z0-9.]{1,40}")
 _SAFE_SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _HASH = re.compile(r"[0-9a-f]{32}")
+_dumps = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode
 
 
 def file_slug(name: str) -> str:
@@ -65,7 +67,7 @@ class Part:
     hash: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # without slots, as `text` is kept
 class Shard:
     """One immutable run of rows of a site or a table; `first_row` and `last_row` are None for tables."""
 
@@ -79,6 +81,12 @@ class Shard:
     def part(self, role: str) -> Part | None:
         """Return the part of this role, or None."""
         return next((part for part in self.parts if part.role == role), None)
+
+    @cached_property
+    def text(self) -> str:
+        """Its JSON, kept: each commit lists all shards again, and most are as they were."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return _dumps({**fields, "parts": [_fields_of(part) for part in self.parts]})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,9 +191,10 @@ class Manifest:
 
     def encode(self) -> bytes:
         """Return the file's bytes; the checksum of all before it comes last."""
-        body = json.dumps(_to_json(self), separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()[
-            :-1
-        ]
+        head = _dumps(_head(self))[:-1]
+        tables = ",".join(_with_shards({"name": table.name}, table.shards) for table in self.tables)
+        sites = ",".join(_with_shards(_site_to_json(site), site.shards) for site in self.sites)
+        body = f'{head},"tables":[{tables}],"sites":[{sites}]'.encode()
         return body + b',"hash":"' + digest(body).hex().encode() + b'"}\n'
 
     @classmethod
@@ -208,7 +217,7 @@ class Manifest:
         return _from_json(_checked_json(data, where), where)
 
 
-def _to_json(manifest: Manifest) -> Json:
+def _head(manifest: Manifest) -> Json:
     return {
         "format": spec.FORMAT_NAME,
         "format_version": spec.FORMAT_VERSION,
@@ -223,11 +232,6 @@ def _to_json(manifest: Manifest) -> Json:
         "committed_ns": manifest.committed_ns,
         "counters": dict(manifest.counters),
         "sessions": [dict(session) for session in manifest.sessions],
-        "tables": [
-            {"name": table.name, "shards": [_shard_to_json(shard) for shard in table.shards]}
-            for table in manifest.tables
-        ],
-        "sites": [_site_to_json(site) for site in manifest.sites],
     }
 
 
@@ -237,12 +241,11 @@ def _site_to_json(site: SiteEntry) -> Json:
         "layout": _fields_of(site.layout),
         "counts": _fields_of(site.counts),
         "derived_from": site.derived_from,
-        "shards": [_shard_to_json(shard) for shard in site.shards],
     }
 
 
-def _shard_to_json(shard: Shard) -> Json:
-    return {**_fields_of(shard), "parts": [_fields_of(part) for part in shard.parts]}
+def _with_shards(entry: Json, shards: tuple[Shard, ...]) -> str:
+    return f'{_dumps(entry)[:-1]},"shards":[{",".join(shard.text for shard in shards)}]}}'
 
 
 def _fields_of(record: Any) -> dict[str, Json]:

@@ -10,6 +10,7 @@ from forge import leaves, put
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import strapfmt.manifest
 from strapfmt import spec
 from strapfmt.arrowfile import digest
 from strapfmt.errors import CorruptError, StrapfmtError, UnsupportedError
@@ -78,6 +79,15 @@ def test_a_manifest_comes_back() -> None:
     data = manifest.encode()
     assert Manifest.decode(data, "m") == manifest
     assert Manifest.decode(data, "m").encode() == data
+
+
+def test_a_shard_is_encoded_once_for_all_manifests_that_list_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, encoded, fields_of = make_manifest(), list[object](), strapfmt.manifest._fields_of
+    manifest.encode()
+    monkeypatch.setattr(strapfmt.manifest, "_fields_of", lambda it: encoded.append(it) or fields_of(it))
+    later = replace(manifest, commit=4)
+    assert Manifest.decode(later.encode(), "m") == later
+    assert not any(isinstance(record, Part) for record in encoded)
 
 
 def test_the_checksum_ends_the_file_at_a_fixed_length() -> None:
