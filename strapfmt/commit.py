@@ -120,7 +120,8 @@ def _allow_open_files(n: int) -> None:
 class Publisher:
     """Makes files durable, many at a time: what is to be published is written first and waited for later.
 
-    So the disk writes all files of a commit at once, and one journal entry of the file system holds most of them.
+    So the disk writes many files of a commit at once, and one journal entry of the file system holds most of them.
+    After a failure nothing more may be asked of it but `close`: what `finish` would try again may be lost already.
 
     Parameters
     ----------
@@ -184,7 +185,8 @@ class Publisher:
         """Close the descriptors of files that were not finished. For abort; called when no job runs."""
         self._pending.clear()
         while self._staged:
-            self._disk.close(self._staged.pop())
+            with contextlib.suppress(OSError):
+                self._disk.close(self._staged.pop())
 
     def _name(self, fd: int, temporary: Path, path: Path) -> None:
         self._staged.remove(fd)
