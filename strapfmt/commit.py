@@ -260,8 +260,8 @@ class IoThread:
     def stop(self, last: Callable[[], None]) -> None:
         """Finish what is queued (nothing more after a failure), do `last`, end the thread; returns when that is done.
 
-        An exception raised by a signal meanwhile passes on, and the thread still does all of it. Safe to call twice, if
-        `last` is.
+        An exception raised by a signal meanwhile passes on, and the thread still does all of it. On the thread itself,
+        where the garbage collector may call it, it returns before. Safe to call twice, if `last` is.
         """
         if self._thread.ident is None:
             last()
@@ -269,6 +269,8 @@ class IoThread:
         with self._lock:
             self._changed.notify_all()
             self._last = self._last or last
+            if threading.current_thread() is self._thread:
+                return
             # Not by `join`, which takes a thread for ended once it was interrupted.
             self._changed.wait_for(lambda: self._is_over)
         self._thread.join()

@@ -149,6 +149,21 @@ def test_stopping_finishes_what_is_queued() -> None:
     assert done == [*range(20), -1]
 
 
+def test_a_thread_that_is_stopped_from_itself_ends_behind_what_is_queued() -> None:
+    thread, done, has_stopped = IoThread(1 << 20), list[int](), threading.Event()
+
+    def stop() -> None:
+        thread.stop(lambda: done.append(2))
+        has_stopped.set()
+
+    with thread._lock:  # so that both are queued before the first runs
+        thread.submit(stop)
+        thread.submit(lambda: done.append(1))
+    assert has_stopped.wait(10)
+    thread.stop(lambda: done.append(3))
+    assert done == [1, 2]
+
+
 def test_a_thread_that_never_had_a_job_is_never_started() -> None:
     thread, done = IoThread(1 << 20), list[int]()
     thread.wait()
