@@ -162,9 +162,9 @@ class ShardWriter:
 
     def close(self) -> None:
         """Close the descriptor, leaving the file as it is. For abort; called when no job runs."""
-        if self._fd >= 0:
-            self._disk.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            self._disk.close(fd)
 
     # Bookkeeping, on the caller's thread.
 
