@@ -404,5 +404,5 @@ _PART = {
     "n_bytes": whole(),
     "hash": text_like(_HASH),
 }
-_TABLE_SHARD = {"n_rows": whole(1), "is_sealed": BOOLEAN, "session": whole(0, 1 << 20), "parts": array(64)}
+_TABLE_SHARD = {"n_rows": whole(1), "is_sealed": BOOLEAN, "session": whole(), "parts": array(64)}
 _SITE_SHARD = {**_TABLE_SHARD, "first_row": whole(), "last_row": whole()}
