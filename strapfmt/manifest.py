@@ -353,7 +353,9 @@ def _site(fields: Fields) -> SiteEntry:
         site = SiteSpec(name="?", dtype="uint8", shape=())
     return SiteEntry(
         spec=site,
-        layout=Layout(kind=layout.text("kind", LAYOUTS), batch_rows=layout.integer("batch_rows", 0, 1 << 32)),
+        layout=Layout(
+            kind=layout.text("kind", LAYOUTS), batch_rows=layout.integer("batch_rows", 0, spec.MAX_BATCH_ROWS)
+        ),
         counts=Counts(
             expected=counts.integer("expected"),
             written=counts.integer("written"),
@@ -404,5 +406,5 @@ _PART = {
     "n_bytes": whole(),
     "hash": text_like(_HASH),
 }
-_TABLE_SHARD = {"n_rows": whole(1), "is_sealed": BOOLEAN, "session": whole(), "parts": array(64)}
+_TABLE_SHARD = {"n_rows": whole(1), "is_sealed": BOOLEAN, "session": whole(), "parts": array(spec.MAX_PARTS)}
 _SITE_SHARD = {**_TABLE_SHARD, "first_row": whole(), "last_row": whole()}

@@ -95,6 +95,8 @@ def test_every_number_spelled_in_the_text_is_a_constant() -> None:
         "values in a row": spec.MAX_ROW_VALUES,
         "sites in a manifest": spec.MAX_SITES,
         "shards of a site": spec.MAX_SHARDS,
+        "parts of a shard": spec.MAX_PARTS,
+        "`batch_rows`": spec.MAX_BATCH_ROWS,
         "ranks": spec.MAX_RANK + 1,
         "ids of one kind in a rank": 1 << spec.COUNTER_BITS,
         "any other integer in a manifest": 1 << 62,
