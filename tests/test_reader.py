@@ -1,6 +1,7 @@
 """Opening: which state one gets, what is found in strange places, and how a reader follows a writer."""
 
 import shutil
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,19 @@ from forge import Forger
 from small_datasets import SITES, Script, bits, contents_of, make_dataset, random_chunk, write_chunk
 
 from strapfmt import spec
+from strapfmt.arrowfile import digest
 from strapfmt.errors import (
     ArgumentError,
     CorruptError,
     DatasetNotFoundError,
+    RowNotFoundError,
     SiteNotFoundError,
     StrapfmtError,
     UnsupportedError,
 )
 from strapfmt.reader import Reader
 from strapfmt.schema import SiteSpec
+from strapfmt.verify import verify
 from strapfmt.writer import DatasetWriter
 
 
@@ -339,3 +343,59 @@ def test_opening_reads_manifests_only(path: Path) -> None:
         assert len(reader["logits"]) == len(Script().model(6).rows("logits"))
         assert str(reader.report)
     assert spec.MANIFEST_NAME in [file.name for file in path.rglob("*")]
+
+
+def test_opening_what_is_still_written_checks_no_byte_of_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = make_dataset(path, unclean=True, shard_bytes=1 << 20)
+    n_digests = 0
+
+    def counting(*pieces: Any) -> bytes:
+        nonlocal n_digests
+        n_digests += 1
+        return digest(*pieces)
+
+    monkeypatch.setattr("strapfmt.shard_files.digest", counting)
+    with Reader(path, verify="always") as reader:
+        assert n_digests == 0
+        shutil.rmtree(path)
+        assert contents_of(reader) == script.contents(6)  # what a writer may replace is held all the same
+    assert n_digests > 0
+
+
+def test_finding_a_row_costs_no_more_than_a_search(path: Path) -> None:
+    site = SiteSpec(name="x", dtype="uint8", shape=(1,), statistics=())
+    rows = 2 * np.arange(60_000)
+    with DatasetWriter(path) as writer:
+        writer.add_site(site)
+        writer.write("x", np.zeros((len(rows), 1), np.uint8), rows=rows)
+    with Reader(path) as reader:
+        found = reader["x"]
+        assert found.rows_between(5, 7).tolist() == [10, 12]  # makes the runs ready
+        found.take([4])
+        tracemalloc.start()
+        assert found.rows_between(30_000, 30_002).tolist() == [60_000, 60_002]
+        assert found.ordinals_of([119_998, 0, 60_000]).tolist() == [59_999, 0, 30_000]
+        assert found.take([60_000]).shape == (1, 1)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < len(rows)  # bytes; one copy of the runs would be 16 times that
+        with pytest.raises(RowNotFoundError):
+            found.take([60_001])
+
+
+def test_few_maps_are_held(path: Path) -> None:
+    make_dataset(path, n_steps=12, shard_bytes=200)
+
+    def n_maps() -> int:
+        return sum("a.strap" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    seen: list[int] = []
+    verify(path, progress=lambda *_: seen.append(n_maps()))
+    assert len(seen) > 20
+    assert max(seen) <= 3
+    with Reader(path) as reader:
+        n_shards = sum(1 for _ in reader.shards())
+        contents_of(reader)
+        assert 0 < n_maps() <= n_shards
