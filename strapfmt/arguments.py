@@ -29,13 +29,13 @@ def as_integer(name: str, value: Any, *, least: int | None = None) -> int:
     except TypeError:
         number = None
     if number is None or (least is not None and number < least):
-        bound = "" if least is None else f" >= {least}"
+        bound = "" if least is None else f" of at least {least}"
         raise ArgumentError(f"{name}: expected a whole number{bound}, got {_shown(value)}")
     return number
 
 
-def as_seconds(name: str, value: Any) -> float:
-    """Return a time above 0 as `float`; infinity is one.
+def as_seconds(name: str, value: Any, *, may_be_zero: bool = False) -> float:
+    """Return a time as `float`, above 0 unless it `may_be_zero`; infinity is one.
 
     Raises
     ------
@@ -43,8 +43,9 @@ def as_seconds(name: str, value: Any) -> float:
         If it is something else.
     """
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or math.isnan(value) or value <= 0:
-        raise ArgumentError(f"{name}: expected a number of seconds above 0, got {_shown(value)}")
+    if not is_number or math.isnan(value) or value < 0 or (value == 0 and not may_be_zero):
+        bound = "of at least 0" if may_be_zero else "above 0"
+        raise ArgumentError(f"{name}: expected a number of seconds {bound}, got {_shown(value)}")
     return float(value)
 
 

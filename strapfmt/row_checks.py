@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from strapfmt import spec
 from strapfmt.errors import ArgumentError
 from strapfmt.schema import SiteSpec
 
-__all__ = ["TABLE_IDS", "TableIds", "check_columns", "check_count", "check_ids", "check_values"]
+__all__ = ["TABLE_IDS", "TableIds", "check_columns", "check_ids", "check_values"]
 
 Array = npt.NDArray[Any]
 
@@ -40,17 +39,6 @@ TABLE_IDS = {
     "steps": TableIds("step", "step"),
     "row_events": TableIds("row", "", is_rising=False),
 }
-
-
-def check_count(what: str, value: object) -> int:
-    """Return how many of something there are as `int`, of whatever integer type it is."""
-    try:
-        n = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        n = -1
-    if n < 0:
-        raise ArgumentError(f"{what}: expected a whole number of at least 0, got {value!r}")
-    return n
 
 
 def check_values(site: SiteSpec, values: Array, shapes: Array | None) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 import numpy.typing as npt
 
 from strapfmt import spec
+from strapfmt.arguments import as_integer
 from strapfmt.claim import claim_rank
 from strapfmt.commit import Disk, IoThread, Publisher
 from strapfmt.errors import ArgumentError, SiteNotFoundError, WriterClosedError
@@ -22,7 +23,7 @@ from strapfmt.manifest import COUNTERS
 from strapfmt.manifest_writer import ManifestWriter, next_manifest
 from strapfmt.paths import target_path
 from strapfmt.report import SiteCount, WriteSummary
-from strapfmt.row_checks import check_columns, check_count, check_values
+from strapfmt.row_checks import check_columns, check_values
 from strapfmt.schema import TABLE_SCHEMAS, SiteSpec
 from strapfmt.series import ShardSeries
 from strapfmt.session import Session
@@ -116,7 +117,7 @@ class DatasetWriter:
         """Return the first of `n` new consecutive ids: `rank << 40 | counter`. Safe from any thread."""
         if kind not in COUNTERS:
             raise ArgumentError(f"kind: expected one of {', '.join(COUNTERS)}; got {kind!r}")
-        n = check_count(f"{kind}: n", n)
+        n = as_integer(f"{kind}: n", n, least=0)
         with self._counting:
             first = self._counters[kind]
             if first + n > 1 << spec.COUNTER_BITS:
@@ -209,8 +210,8 @@ class DatasetWriter:
     def count(self, site: str, *, expected: int = 0, dropped: int = 0) -> None:
         """Add to a site's counters in the manifest."""
         writer = self._declared(site)
-        expected = check_count(f"site {site!r}: expected", expected)
-        dropped = check_count(f"site {site!r}: dropped", dropped)
+        expected = as_integer(f"site {site!r}: expected", expected, least=0)
+        dropped = as_integer(f"site {site!r}: dropped", dropped, least=0)
         writer.expected += expected
         writer.dropped += dropped
 

@@ -39,7 +39,7 @@ def test_what_is_no_whole_number_is_refused(value: Any) -> None:
 
 
 def test_a_number_below_the_least_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="n: expected a whole number >= 1, got 0"):
+    with pytest.raises(ArgumentError, match="n: expected a whole number of at least 1, got 0"):
         as_integer("n", 0, least=1)
 
 

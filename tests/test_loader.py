@@ -229,7 +229,7 @@ def test_going_through_again_goes_on_to_the_next_epoch(ds, shuffle):
 @pytest.mark.parametrize("epoch", [-1, 0.5, "1", None, True])
 def test_an_epoch_is_a_count(ds, epoch):
     loader = ds.loader("a", **OPTIONS)
-    with pytest.raises(ArgumentError, match="epoch: expected a whole number >= 0"):
+    with pytest.raises(ArgumentError, match="epoch: expected a whole number of at least 0"):
         loader.epoch = epoch
 
 

@@ -366,10 +366,10 @@ def test_scan_projects_filters_limits_and_cuts(tmp_path: Path) -> None:
         with pytest.raises(ArgumentError, match="no columns"):
             list(found.scan(["activations"]))
         for wrong in (0, -1, 1.5, "a", True):
-            with pytest.raises(ArgumentError, match="batch_size: expected a whole number >= 1"):
+            with pytest.raises(ArgumentError, match="batch_size: expected a whole number of at least 1"):
                 found.scan(batch_size=wrong)
         for wrong in (-1, 1.5, "a", True):
-            with pytest.raises(ArgumentError, match="limit: expected a whole number >= 0"):
+            with pytest.raises(ArgumentError, match="limit: expected a whole number of at least 0"):
                 found.scan(limit=wrong)
         assert [len(b) for b in found.scan(batch_size=np.int64(60), limit=torch.tensor(70))] == [60, 10]
         for where in (pc.field("nope") > 25, pc.field("l2_norm"), pc.field("l2_norm") > "a"):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import numbers
-import operator
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -18,8 +16,6 @@ from strapfmt_capture.texts import special_ids
 
 __all__ = [
     "as_flag",
-    "as_integer",
-    "as_seconds",
     "check_appended",
     "check_model",
     "check_tokenizer",
@@ -39,32 +35,6 @@ def as_flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise ArgumentError(f"{name}: expected True or False, got {value!r}")
     return value
-
-
-def as_integer(name: str, value: object, least: int) -> int:
-    """Return a whole number of any integer type as `int`.
-
-    Raises
-    ------
-    ArgumentError
-        If it is something else, or below `least`.
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ArgumentError(f"{name}: expected a whole number of at least {least}, got {value!r}")
-    return operator.index(value)
-
-
-def as_seconds(name: str, value: object) -> float:
-    """Return a number that is not negative as `float`; infinity is one.
-
-    Raises
-    ------
-    ArgumentError
-        If it is something else.
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not float(value) >= 0:
-        raise ArgumentError(f"{name}: expected a number of seconds of at least 0, got {value!r}")
-    return float(value)
 
 
 def check_model(model: object) -> None:

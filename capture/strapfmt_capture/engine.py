@@ -13,12 +13,12 @@ import pyarrow as pa
 import torch
 
 from strapfmt import spec
+from strapfmt.arguments import as_integer, as_seconds
 from strapfmt.claim import discard_rank
 from strapfmt.codecs import get_codec
 from strapfmt.errors import ArgumentError, CaptureError, WriterConflictError
 from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
-from strapfmt_capture.arguments import as_integer, as_seconds
 from strapfmt_capture.drain import Drain, Item
 from strapfmt_capture.hookpoints import HookPoint, hook_points
 from strapfmt_capture.hooks import Hooks, OnFull
@@ -51,12 +51,16 @@ class Options:
     def __post_init__(self) -> None:
         get_codec(self.codec)
         if self.rank is not None:
-            object.__setattr__(self, "rank", as_integer("rank", self.rank, 0))
+            object.__setattr__(self, "rank", as_integer("rank", self.rank, least=0))
         if self.on_full not in _ON_FULL:
             raise ArgumentError(f"on_full: expected one of {', '.join(_ON_FULL)}; got {self.on_full!r}")
         for name in ("ring_bytes", "batch_bytes", "shard_bytes"):
-            object.__setattr__(self, name, as_integer(name, getattr(self, name), spec.ALIGNMENT_BYTES))
-        object.__setattr__(self, "commit_interval_s", as_seconds("commit_interval_s", self.commit_interval_s))
+            object.__setattr__(self, name, as_integer(name, getattr(self, name), least=spec.ALIGNMENT_BYTES))
+        object.__setattr__(
+            self,
+            "commit_interval_s",
+            as_seconds("commit_interval_s", self.commit_interval_s, may_be_zero=True),
+        )
 
 
 class Engine:

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 
 from strapfmt import spec
+from strapfmt.arguments import as_integer
 from strapfmt.dtypes import dtype_of_torch
 from strapfmt.errors import ArgumentError
-from strapfmt_capture.arguments import as_integer
 from strapfmt_capture.eager import has_values
 from strapfmt_capture.statistics import RowStatistics
 
@@ -104,7 +104,7 @@ class GivenRows:
 def _shape(site: str, shape: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(shape, (tuple, list)):
         raise ArgumentError(f"site {site!r}: shape: expected a tuple of sizes, got {shape!r}")
-    return tuple(as_integer(f"site {site!r}: shape", size, -1) for size in shape)
+    return tuple(as_integer(f"site {site!r}: shape", size, least=-1) for size in shape)
 
 
 def _no_tensor(site: str, found: object) -> ArgumentError:

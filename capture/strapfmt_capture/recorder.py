@@ -15,13 +15,14 @@ import numpy.typing as npt
 import torch
 
 from strapfmt import spec
+from strapfmt.arguments import as_integer, as_seconds
 from strapfmt.claim import rank_from_environment
 from strapfmt.codecs import get_codec
 from strapfmt.errors import ArgumentError, StrapfmtError
 from strapfmt.report import WriteSummary
 from strapfmt.schema import SiteSpec
 from strapfmt.writer import COMMIT_INTERVAL_S, DatasetWriter
-from strapfmt_capture.arguments import as_integer, as_seconds, check_tokenizer, tags_text
+from strapfmt_capture.arguments import check_tokenizer, tags_text
 from strapfmt_capture.given import GivenRows, Tensor
 from strapfmt_capture.open_step import OpenStep
 from strapfmt_capture.provenance import describe_tokenizer, describe_versions
@@ -92,9 +93,9 @@ def create(
     get_codec(codec)
     tags_text(tags)
     check_tokenizer(tokenizer)
-    rank = rank_from_environment() if rank is None else as_integer("rank", rank, 0)
+    rank = rank_from_environment() if rank is None else as_integer("rank", rank, least=0)
     sizes = {"batch_bytes": batch_bytes, "shard_bytes": shard_bytes}
-    sizes = {name: as_integer(name, n_bytes, 1) for name, n_bytes in sizes.items()}
+    sizes = {name: as_integer(name, n_bytes, least=1) for name, n_bytes in sizes.items()}
     provenance = {
         "tool": "strapfmt.create",
         "tokenizer": describe_tokenizer(tokenizer),
@@ -107,7 +108,7 @@ def create(
         mode=mode,
         batch_bytes=sizes["batch_bytes"],
         shard_bytes=sizes["shard_bytes"],
-        commit_interval_s=as_seconds("commit_interval_s", commit_interval_s),
+        commit_interval_s=as_seconds("commit_interval_s", commit_interval_s, may_be_zero=True),
         provenance=provenance,
     )
     return Recorder(writer, codec=codec, statistics=statistics, tags=tags, tokenizer=tokenizer)
@@ -333,7 +334,7 @@ class Recorder:
                 raise ArgumentError(
                     f"site {site!r}: tokens: expected some of {', '.join(_DESCRIPTION)}; got {unknown[0]!r}"
                 )
-            if tokens.get("n") is not None and as_integer("n", tokens["n"], 0) != n:
+            if tokens.get("n") is not None and as_integer("n", tokens["n"], least=0) != n:
                 raise ArgumentError(f"site {site!r}: expected one row a token, {tokens['n']}; got {n}")
         elif tokens is not None:
             raise ArgumentError(

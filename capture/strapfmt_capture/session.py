@@ -11,13 +11,13 @@ from typing import Any, Self
 import torch
 
 from strapfmt import spec
+from strapfmt.arguments import as_integer
 from strapfmt.claim import check_writable, rank_from_environment
 from strapfmt.errors import ArgumentError, CaptureError, DrainError, SiteNeverFiredError
 from strapfmt.writer import COMMIT_INTERVAL_S
 from strapfmt_capture.accounts import CaptureReport, Estimate, SiteAccount, estimate
 from strapfmt_capture.arguments import (
     as_flag,
-    as_integer,
     check_appended,
     check_model,
     check_tokenizer,
@@ -244,7 +244,7 @@ class Capture:
 
     def estimate(self, n_tokens: int) -> Estimate:
         """Estimate the bytes that capturing `n_tokens` tokens takes, before any codec."""
-        n_tokens = as_integer("n_tokens", n_tokens, 0)
+        n_tokens = as_integer("n_tokens", n_tokens, least=0)
         known = self._engine.specs if self._engine else {}
         return estimate(n_tokens, describe(self._model, self._points), known, self.stats)
 

@@ -21,10 +21,12 @@ from strapfmt.spec import STATISTICS
 
 __all__ = ["RowStatistics", "check_statistics"]
 
-# 128 KiB of float32: it fits an L2 cache, and torch starts no threads of its own for so little.
-_TILE_VALUES = 32_768
+# 512 KiB of float32: it fits an L2 cache.
+_TILE_VALUES = 131_072
+# Converted at a time, as torch starts no threads of its own for so little: these would take the model's cores.
+_COPY_VALUES = 32_768
 # Rows done twice are gathered, so that many values at a time at most.
-_BLOCK_VALUES = 1 << 20
+_BLOCK_VALUES = 1 << 22
 # Partial sums are float32 over this many values at most, and float64 above it.
 _PIECE_VALUES = 4_096
 # Squares of values up to 2**55, 4,096 at a time, stay below 2**122; rows with a smaller root mean square than
@@ -94,7 +96,7 @@ class RowStatistics:
     def __init__(self) -> None:
         # Memory from inside inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            self._values, self._cells = torch.empty(2, _TILE_VALUES, dtype=torch.float32, device="cpu")
+            self._values = torch.empty(_TILE_VALUES, dtype=torch.float32, device="cpu")
 
     def __call__(self, x: torch.Tensor, names: Collection[str] = STATISTICS) -> Columns:
         """Return the statistics `names` of every row of `x`.
@@ -173,34 +175,30 @@ class RowStatistics:
 
     def _tiles(self, x: torch.Tensor, width: int) -> Iterator[tuple[_Tile, slice]]:
         """Yield `x` as tiles, and which pieces each is; a tile is overwritten by the next."""
-        n_rows = max(1, _TILE_VALUES // x.shape[1])
+        n_rows, n_copied = max(1, _TILE_VALUES // x.shape[1]), max(1, _COPY_VALUES // x.shape[1])
         at, n_converted = 0, 0
         for source in torch.split(x, n_rows):
             if len(source) != n_converted:
                 n_converted = len(source)
                 target = self._values[: source.numel()].view(source.shape)
-                tile = _Tile(target.view(-1, width), self._cells)
-            target.copy_(source)
+                targets, tile = torch.split(target, n_copied), _Tile(target.view(-1, width).numpy())
+            for to, part in zip(targets, torch.split(source, n_copied), strict=True):
+                to.copy_(part)
             yield tile, slice(at, at + tile.n_pieces)
             at += tile.n_pieces
 
 
 class _Tile:
-    """Float32 rows cut into pieces, [n_pieces, width], in the cache; its results are overwritten by the next one.
+    """Float32 rows cut into pieces, [n_pieces, width], in the cache; its results are overwritten by the next one."""
 
-    The same memory is seen by torch and by NumPy: which of the two is quicker differs from step to step, and making
-    a view costs as much as the step.
-    """
-
-    def __init__(self, pieces: torch.Tensor, cells: torch.Tensor) -> None:
-        self.n_pieces = len(pieces)
-        self._pieces, self._cells = pieces, cells[: len(pieces)]
-        self.values, self._results = self._pieces.numpy(), self._cells.numpy()
+    def __init__(self, values: _Float32) -> None:
+        self.n_pieces, width = values.shape
+        self.values, self._results = values, np.empty(self.n_pieces, np.float32)
+        self._ones = np.ones(width, np.float32)
 
     def sums(self) -> _Float32:
-        """Sum of each piece, [n_pieces]."""
-        torch.sum(self._pieces, 1, out=self._cells)
-        return self._results
+        """Sum of each piece, [n_pieces] (a BLAS dot product with ones, which NumPy's own sum takes four times)."""
+        return np.vecdot(self.values, self._ones, out=self._results)
 
     def squares(self) -> _Float32:
         """Sum of squares of each piece, [n_pieces] (a BLAS dot product: one read, no square stored)."""
@@ -208,8 +206,8 @@ class _Tile:
 
     def maxima(self) -> _Float32:
         """Largest magnitude of each piece, [n_pieces]; NaN where it has one. Leaves magnitudes in the tile."""
-        torch.amax(self._pieces.abs_(), 1, out=self._cells)
-        return self._results
+        np.abs(self.values, out=self.values)
+        return np.maximum.reduce(self.values, 1, out=self._results)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,12 +238,12 @@ class _Sums:
 
 
 def _parts(n_values: int) -> list[tuple[slice, int]]:
-    """Cut the columns of a row into parts that fit a tile, each with the width it is summed by."""
+    """Cut the columns of a row into parts that are converted at a time, each with the width it is summed by."""
     if n_values <= _PIECE_VALUES:
         return [(slice(0, n_values), n_values)]
     whole = n_values // _PIECE_VALUES * _PIECE_VALUES
-    starts = range(0, whole, _TILE_VALUES)
-    parts = [(slice(start, min(start + _TILE_VALUES, whole)), _PIECE_VALUES) for start in starts]
+    starts = range(0, whole, _COPY_VALUES)
+    parts = [(slice(start, min(start + _COPY_VALUES, whole)), _PIECE_VALUES) for start in starts]
     return [*parts, (slice(whole, n_values), n_values - whole)] if whole < n_values else parts
 
 
@@ -256,7 +254,7 @@ def _over_pieces(partial: _Float32, n: int) -> _Float64:
 
 def _exact(x: torch.Tensor, rows: _Int64, columns: _Columns) -> None:
     """Fill `columns` for `rows` of `x` in float64, over finite values, scaled by a power of two."""
-    n_rows = max(1, _TILE_VALUES // x.shape[1])
+    n_rows = max(1, _COPY_VALUES // x.shape[1])
     for start in range(0, len(rows), n_rows):
         some = rows[start : start + n_rows]
         results = _exact_tile(x[torch.from_numpy(some)].to(torch.float64).numpy())

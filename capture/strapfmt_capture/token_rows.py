@@ -12,9 +12,10 @@ import pyarrow as pa
 import torch
 
 from strapfmt import spec
+from strapfmt.arguments import as_integer
 from strapfmt.errors import ArgumentError
 from strapfmt.writer import DatasetWriter
-from strapfmt_capture.arguments import as_integer, stored_manifest, tags_text
+from strapfmt_capture.arguments import stored_manifest, tags_text
 from strapfmt_capture.texts import TokenTexts
 
 __all__ = ["TokenBook", "TokenRows", "integers"]
@@ -301,7 +302,7 @@ def _common_length(n: int | None, columns: Mapping[str, object], arrays: tuple[_
         if array is not None and array.ndim
     }
     if n is not None:
-        found["n"] = as_integer("n", n, 0)
+        found["n"] = as_integer("n", n, least=0)
     if len(set(found.values())) != 1:
         raise ArgumentError(
             f"tokens: expected token_ids, sequence_id or position of one length, or n=; got {found or 'none'}"
