@@ -1,5 +1,7 @@
 """Arrow IPC bytes: record batch messages whose bodies are aligned and hashed, and the footer that seals a file."""
 
+from __future__ import annotations
+
 import re
 import struct
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from strapfmt.codecs import Codec
 __all__ = [
     "Block",
     "EncodedBatch",
+    "LaidOutBatch",
     "MessageEncoder",
     "check_message",
     "decoded_bytes",
@@ -37,8 +40,8 @@ def digest(*pieces: bytes | pa.Buffer | memoryview) -> bytes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedBatch:
-    """One record batch message, ready to be written.
+class LaidOutBatch:
+    """One record batch message with all but its hashes, for which its header has room.
 
     Attributes
     ----------
@@ -48,21 +51,44 @@ class EncodedBatch:
         The body in pieces; uncompressed pieces alias the arrays the batch was made of.
     body_bytes : int
         Sum of the pieces.
-    header_hash, body_hash : bytes
-        xxh3-128 of the two. The header's metadata holds the body's, and its own as it was before that was filled in, so
-        that a lone stream can be checked.
     """
 
     header: bytes
     body: tuple[bytes | pa.Buffer, ...]
     body_bytes: int
-    header_hash: bytes
-    body_hash: bytes
 
     @property
     def n_bytes(self) -> int:
         """Bytes of the whole message."""
         return len(self.header) + self.body_bytes
+
+    def hashed(self) -> EncodedBatch:
+        """Return the message with its hashes; reads all of the body."""
+        body_hash = digest(*self.body)
+        header = self.header.replace(_BODY_PLACEHOLDER, body_hash.hex().encode(), 1)
+        header = header.replace(_HEADER_PLACEHOLDER, digest(header).hex().encode(), 1)
+        return EncodedBatch(
+            header=header,
+            body=self.body,
+            body_bytes=self.body_bytes,
+            header_hash=digest(header),
+            body_hash=body_hash,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedBatch(LaidOutBatch):
+    """One record batch message, ready to be written.
+
+    Attributes
+    ----------
+    header_hash, body_hash : bytes
+        xxh3-128 of the two. The header's metadata holds the body's, and its own as it was before that was filled in, so
+        that a lone stream can be checked.
+    """
+
+    header_hash: bytes
+    body_hash: bytes
 
 
 class MessageEncoder:
@@ -87,8 +113,8 @@ class MessageEncoder:
         self.prefix = spec.IPC_PREFIX + taken[: schema_bytes + 8]
         self.prefix_hash = digest(self.prefix)
 
-    def encode(self, batch: pa.RecordBatch, *, start: int = 0, alignment: int = 8) -> EncodedBatch:
-        """Encode `batch` so that its body begins at a multiple of `alignment` when the message is written at `start`.
+    def lay_out(self, batch: pa.RecordBatch, *, start: int = 0, alignment: int = 8) -> LaidOutBatch:
+        """Lay out `batch` so that its body begins at a multiple of `alignment` when the message is written at `start`.
 
         The room is made inside the header, by a metadata value of spaces.
         """
@@ -96,16 +122,8 @@ class MessageEncoder:
         need = -(start + len(header)) % alignment
         if need:
             header, body = self._padded(batch, start, alignment, need)
-        body_hash = digest(*body)
-        header = header.replace(_BODY_PLACEHOLDER, body_hash.hex().encode(), 1)
-        header = header.replace(_HEADER_PLACEHOLDER, digest(header).hex().encode(), 1)
-        return EncodedBatch(
-            header=header,
-            body=tuple(body),
-            body_bytes=sum(len(piece) for piece in body),
-            header_hash=digest(header),
-            body_hash=body_hash,
-        )
+        body_bytes = sum(len(piece) for piece in body)
+        return LaidOutBatch(header=header, body=tuple(body), body_bytes=body_bytes)
 
     def header_bytes(self) -> int:
         """Bytes of an unpadded header: the same for every batch of the schema."""

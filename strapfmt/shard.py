@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from strapfmt import spec
-from strapfmt.arrowfile import Block, EncodedBatch, MessageEncoder, digest, trailer
+from strapfmt.arrowfile import Block, EncodedBatch, LaidOutBatch, MessageEncoder, digest, trailer
 from strapfmt.commit import Disk, IoThread, Publisher
 from strapfmt.index import BATCH_DTYPE, RUN_DTYPE, ShardIndex, find_runs
 from strapfmt.manifest import Part, Shard
@@ -19,6 +19,8 @@ from strapfmt.manifest import Part, Shard
 __all__ = ["RowBatch", "ShardWriter"]
 
 _WRITEBACK_BYTES = 8 << 20
+#: Bodies from this size on are hashed on the I/O thread, where the disk is waited for anyway.
+_HASHED_LATER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,8 @@ class ShardWriter:
         #: Up to where the kernel was asked to write the file out.
         self._hinted_to = 0
         self._entries: list[npt.NDArray[np.void]] = []
+        #: Entries whose hashes are left to the I/O thread, and those that have them.
+        self._n_deferred, self._n_hashed = 0, 0
         self._runs: list[npt.NDArray[np.void]] = []
         self._n_runs = 0
         self._rows_end: int | None = None
@@ -116,26 +120,30 @@ class ShardWriter:
 
     def append(self, batch: RowBatch) -> None:
         """Write a record batch at the end."""
-        encoded = self._encoder.encode(batch.batch, start=self._offset, alignment=self._alignment)
-        self._entries.append(self._entry(encoded, batch, self._offset))
+        laid_out = self._encoder.lay_out(batch.batch, start=self._offset, alignment=self._alignment)
+        entry = self._entry(laid_out, batch, self._offset)
+        self._entries.append(entry)
         if batch.rows is not None:
             self._add_runs(batch.rows)
         self._n_rows += batch.batch.num_rows
-        self._write(encoded, batch.release)
+        self._write(laid_out, entry, batch.release)
 
     def commit(self, tail: RowBatch | None, number: int) -> Shard | None:
         """Schedule what makes the shard durable with `tail` at its end; return what the manifest says of it."""
         n_rows = self._n_rows + (tail.batch.num_rows if tail else 0)
         if n_rows == 0 or (self._committed and self._committed.n_rows == n_rows):
             return self._committed
+        self._wait_for_hashes()
         self._supersede()
         stem, start, parts = f"{self._stem}.c{number}", len(self._encoder.prefix), []
         if tail is None:
             index = self._index(sealed=False)
         else:
-            encoded = self._encoder.encode(tail.batch, start=start, alignment=self._alignment)
+            encoded = self._encoder.lay_out(tail.batch, start=start, alignment=self._alignment).hashed()
             end = trailer(self._encoder.schema, [Block(start, len(encoded.header), encoded.body_bytes)])
-            index = self._index(sealed=False, tail=self._entry(encoded, tail, start), end=end, rows=tail.rows)
+            entry = self._entry(encoded, tail, start)
+            _set_hashes(entry, encoded)
+            index = self._index(sealed=False, tail=entry, end=end, rows=tail.rows)
             parts.append(
                 self._publish_tail(stem, [self._encoder.prefix, encoded.header, *encoded.body, end], index)
             )
@@ -150,6 +158,7 @@ class ShardWriter:
         """Schedule the last batch, the footer, the final name and the index; return what the manifest says of it."""
         if last is not None:
             self.append(last)
+        self._wait_for_hashes()
         self._supersede()
         blocks = [(int(e["offset"]), int(e["header_bytes"]), int(e["body_bytes"])) for e in self._entries]
         end = trailer(self._encoder.schema, [Block(*block) for block in blocks])
@@ -168,18 +177,23 @@ class ShardWriter:
 
     # Bookkeeping, on the caller's thread.
 
-    def _entry(self, encoded: EncodedBatch, batch: RowBatch, offset: int) -> npt.NDArray[np.void]:
+    def _wait_for_hashes(self) -> None:
+        """Wait until the I/O thread has filled in every entry of the index."""
+        if self._n_hashed < self._n_deferred:
+            self._io.wait()
+
+    def _entry(self, laid_out: LaidOutBatch, batch: RowBatch, offset: int) -> npt.NDArray[np.void]:
+        """Return the index entry of a record batch, without its hashes."""
         entry = np.zeros((), BATCH_DTYPE)
         entry["offset"], entry["header_bytes"], entry["body_bytes"] = (
             offset,
-            len(encoded.header),
-            encoded.body_bytes,
+            len(laid_out.header),
+            laid_out.body_bytes,
         )
         entry["n_rows"], entry["first_ordinal"] = batch.batch.num_rows, self._n_rows
         entry["raw_bytes"], entry["n_values"] = _raw_bytes(batch.batch), batch.n_values
         entry["first_row"] = -1 if batch.rows is None else batch.rows[0]
         entry["first_run"] = self._n_runs
-        entry["header_hash"], entry["body_hash"] = np.void(encoded.header_hash), np.void(encoded.body_hash)
         return entry
 
     def _new_runs(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
@@ -261,18 +275,31 @@ class ShardWriter:
         self._io.submit(lambda: self._publisher.publish(self._root / file, [data]), len(data))
         return Part(role="index", file=file, n_bytes=len(data), hash=digest(data).hex())
 
-    def _write(self, encoded: EncodedBatch, release: Callable[[], None] | None) -> None:
+    def _write(
+        self, laid_out: LaidOutBatch, entry: npt.NDArray[np.void], release: Callable[[], None] | None
+    ) -> None:
         offset = self._offset
-        self._offset += encoded.n_bytes
+        self._offset += laid_out.n_bytes
+        known = None
+        if laid_out.body_bytes < _HASHED_LATER_BYTES:
+            known = laid_out.hashed()
+            _set_hashes(entry, known)
+        else:
+            self._n_deferred += 1
 
         def job() -> None:
+            encoded = known
+            if encoded is None:
+                encoded = laid_out.hashed()
+                _set_hashes(entry, encoded)
+                self._n_hashed += 1
             self._disk.write(self._fd, [encoded.header, *encoded.body], offset)
             if offset + encoded.n_bytes - self._hinted_to >= _WRITEBACK_BYTES:
                 self._start_writeback(offset + encoded.n_bytes)
             if release is not None:
                 release()
 
-        self._io.submit(job, encoded.n_bytes)
+        self._io.submit(job, laid_out.n_bytes)
 
     # Jobs, on the I/O thread.
 
@@ -301,6 +328,10 @@ class ShardWriter:
         if end > self._hinted_to:
             self._disk.start_writeback(self._fd, self._hinted_to, end - self._hinted_to)
             self._hinted_to = end
+
+
+def _set_hashes(entry: npt.NDArray[np.void], encoded: EncodedBatch) -> None:
+    entry["header_hash"], entry["body_hash"] = np.void(encoded.header_hash), np.void(encoded.body_hash)
 
 
 def _raw_bytes(batch: pa.RecordBatch) -> int:

@@ -47,7 +47,7 @@ def test_a_digest_is_xxh3_128_of_the_pieces_joined() -> None:
 )
 def test_a_body_begins_where_it_is_told_to(n_rows: int, start: int, alignment: int, codec: str) -> None:
     encoder = MessageEncoder(SCHEMA, get_codec(codec))
-    encoded = encoder.encode(batch_of(n_rows), start=start, alignment=alignment)
+    encoded = encoder.lay_out(batch_of(n_rows), start=start, alignment=alignment).hashed()
     body = b"".join(bytes(piece) for piece in encoded.body)
     assert (start + len(encoded.header)) % alignment == 0
     assert len(encoded.header) < encoder.header_bytes() + alignment + 64
@@ -61,7 +61,7 @@ def test_a_body_begins_where_it_is_told_to(n_rows: int, start: int, alignment: i
 
 
 def test_a_message_vouches_for_itself() -> None:
-    encoded = MessageEncoder(SCHEMA, get_codec("none")).encode(batch_of(4), alignment=64)
+    encoded = MessageEncoder(SCHEMA, get_codec("none")).lay_out(batch_of(4), alignment=64).hashed()
     header, body = bytearray(encoded.header), bytearray(b"".join(bytes(piece) for piece in encoded.body))
     assert check_message(memoryview(header), memoryview(body))
     for data in (header, body):
@@ -76,7 +76,7 @@ def test_a_stream_with_a_trailer_is_an_arrow_file(n_batches: int) -> None:
     encoder = MessageEncoder(SCHEMA, get_codec("none"))
     data, blocks = bytearray(encoder.prefix), []
     for i in range(n_batches):
-        encoded = encoder.encode(batch_of(1 + i % 3), start=len(data), alignment=64)
+        encoded = encoder.lay_out(batch_of(1 + i % 3), start=len(data), alignment=64).hashed()
         blocks.append(Block(len(data), len(encoded.header), encoded.body_bytes))
         data += encoded.header + b"".join(bytes(piece) for piece in encoded.body)
     stream = bytes(data[8:]) + spec.IPC_END
@@ -98,7 +98,7 @@ def test_no_message_is_found_in_noise_beyond_its_end(data: bytes, offset: int) -
 
 @pytest.mark.parametrize("codec", ["lz4", "zstd"])
 def test_what_a_batch_expands_to_is_known_before(codec: str) -> None:
-    encoded = MessageEncoder(SCHEMA, get_codec(codec)).encode(batch_of(100))
+    encoded = MessageEncoder(SCHEMA, get_codec(codec)).lay_out(batch_of(100)).hashed()
     body = b"".join(bytes(piece) for piece in encoded.body)
     assert decoded_bytes(encoded.header, memoryview(body)) == 100 * 12 + 100 * 8
     bomb = bytearray(body)
