@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.__main__ import QUESTIONS, main
 from benchmarks.measure import Case, Report, Settings, in_rounds
+from benchmarks.tables import tables
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
@@ -23,8 +24,16 @@ def test_a_benchmark_answers_its_question(tmp_path: Path, question: str) -> None
 
 def test_every_benchmark_is_listed() -> None:
     folder = Path(__file__).parents[1] / "benchmarks"
-    shared = {"__init__", "__main__", "formats", "measure", "workloads"}
+    shared = {"__init__", "__main__", "formats", "measure", "tables", "workloads"}
     assert {file.stem for file in folder.glob("*.py")} - shared == set(QUESTIONS)
+
+
+def test_the_page_shows_the_stored_results() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "performance.md").read_text()
+    at = 0
+    for table in tables():
+        at = page.find(table, at)
+        assert at >= 0, f"run `python -m benchmarks.tables`; not on the page, or not in this order:\n{table}"
 
 
 def test_ratios_are_paired_by_round() -> None:
