@@ -53,6 +53,10 @@ class Claim:
         self._disk, self._lock, self._made = disk, lock, made
         self.root, self.manifest = root, manifest
 
+    def check(self) -> None:
+        """Raise `WriterConflictError` if the rank's directory is not the one that was claimed any more."""
+        self._lock.check()
+
     def release(self) -> None:
         """Give the rank back; if nothing was ever committed, remove what was made for it. Safe to call twice."""
         if self._lock.is_held:

@@ -126,10 +126,12 @@ class Publisher:
     Parameters
     ----------
     disk : Disk
+    check : callable, optional
+        Called before a file is made or named; raises if its directory is not this writer's any more.
     """
 
-    def __init__(self, disk: Disk) -> None:
-        self._disk = disk
+    def __init__(self, disk: Disk, check: Callable[[], None] = lambda: None) -> None:
+        self._disk, self.check = disk, check
         #: Descriptors to be made durable in this order, and what is done then.
         self._pending: deque[tuple[int, Callable[[], None]]] = deque()
         #: Those of them that are files under a temporary name.
@@ -141,6 +143,7 @@ class Publisher:
 
         The name itself is durable after `sync_directory` on the parent.
         """
+        self.check()
         temporary = path.with_name(path.name + spec.TMP_SUFFIX)
         self._disk.unlink(temporary)
         fd = self._disk.create(temporary)
@@ -160,6 +163,7 @@ class Publisher:
         while self._pending:
             fd, then = self._pending[0]
             self._disk.fsync(fd)
+            self.check()
             then()
             self._pending.popleft()
 
@@ -313,42 +317,56 @@ class Lock:
     """The claim of one writer on one rank: an advisory lock that ends with the process that holds it."""
 
     def __init__(self, directory: Path) -> None:
-        path = directory / spec.LOCK_NAME
+        self._path = path = directory / spec.LOCK_NAME
         self._fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
-            self._lock(path)
+            self._lock()
         except BaseException:
             os.close(self._fd)
             raise
         self._process = os.getpid()
 
-    def _lock(self, path: Path) -> None:
+    def _lock(self) -> None:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(self._fd, 200, 0).decode(errors="replace").strip() or "another process"
             raise WriterConflictError(
-                f"{path.parent}: {holder} is writing here; give each writer its own rank= or wait until it has closed"
+                f"{self._path.parent}: {holder} is writing here; give each writer its own rank= or wait until it has "
+                "closed"
             ) from None
-        if not self._is_at(path):
+        if not self._is_in_place():
             raise WriterConflictError(
-                f"{path.parent}: another process removed or replaced it at this moment; try again"
+                f"{self._path.parent}: another process removed or replaced it at this moment; try again"
             )
         with contextlib.suppress(OSError):  # on a full disk the lock holds without the note for people
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
 
-    def _is_at(self, path: Path) -> bool:
+    def check(self) -> None:
+        """Raise if the directory was moved, removed or made anew since: then it is somebody else's.
+
+        Raises
+        ------
+        WriterConflictError
+        """
+        if not self._is_in_place():
+            raise WriterConflictError(
+                f"{self._path.parent}: this directory was removed or moved while it was written, and nothing more goes "
+                "into what may be there now; what was committed is where it was moved to"
+            )
+
+    def _is_in_place(self) -> bool:
         """Whether the locked file still has its name: a lock on one that was removed keeps nobody out."""
         try:
-            return os.path.samestat(os.fstat(self._fd), os.lstat(path))
+            return os.path.samestat(os.fstat(self._fd), os.lstat(self._path))
         except OSError:
             return False
 
     @property
     def is_held(self) -> bool:
-        """Whether this process holds the claim: not after `release`, nor in a fork of the one that took it."""
-        return self._fd >= 0 and os.getpid() == self._process
+        """Whether this process holds the claim: not after `release`, nor in a fork, nor if the directory is gone."""
+        return self._fd >= 0 and os.getpid() == self._process and self._is_in_place()
 
     def release(self) -> None:
         """Give the claim back. Safe to call twice."""

@@ -304,6 +304,7 @@ class ShardWriter:
     # Jobs, on the I/O thread.
 
     def _create(self) -> None:
+        self._publisher.check()
         self._fd = self._disk.create(self._root / (self._stem + spec.OPEN_SUFFIX))
         self._disk.write(self._fd, [self._encoder.prefix], 0)
 

@@ -95,8 +95,8 @@ class DatasetWriter:
         self._closed, self._is_torn = "", False
         self._process = os.getpid()
         self._disk, self._io = disk or Disk(), IoThread(_QUEUE_BYTES)
-        self._publisher = Publisher(self._disk)
         self._claim = claim_rank(self._disk, self.path, rank, mode)
+        self._publisher = Publisher(self._disk, self._claim.check)
         self._manifest = self._claim.manifest
         self._specs = {entry.spec.name: entry.spec for entry in self._manifest.sites}
         self._counters = dict(self._manifest.counters)

@@ -86,7 +86,7 @@ def call(model: torch.nn.Module, *inputs: torch.Tensor) -> None:
         ({"codec": "gzip"}, ArgumentError, "gzip"),
         ({"on_full": "wait"}, ArgumentError, "on_full: expected one of block, drop, raise; got 'wait'"),
         ({"stats": ["median"]}, ArgumentError, "median"),
-        ({"mode": "update"}, ArgumentError, "mode: expected 'create' or 'append'"),
+        ({"mode": "update"}, ArgumentError, "mode: expected 'create', 'overwrite' or 'append'"),
         ({"mode": "append", "overwrite": True}, ArgumentError, "choose one"),
         ({"mode": "append"}, DatasetNotFoundError, "no dataset to append to"),
         ({"ring_bytes": 1}, ArgumentError, "ring_bytes: expected a whole number of at least 64, got 1"),

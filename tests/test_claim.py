@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_datasets import Script, contents_of
 
 import strapfmt
 from strapfmt import spec
@@ -22,7 +23,9 @@ from strapfmt.errors import (
     WriteError,
     WriterConflictError,
 )
+from strapfmt.reader import Reader
 from strapfmt.schema import SiteSpec
+from strapfmt.verify import verify
 from strapfmt.writer import DatasetWriter
 
 
@@ -325,3 +328,52 @@ def test_a_rank_that_is_being_made_is_not_taken(tmp_path: Path) -> None:
             DatasetWriter(path, mode=mode)  # type: ignore[arg-type]
     lock.release()
     DatasetWriter(path).close()
+
+
+def go_on(writer: DatasetWriter, script: Script) -> None:
+    for step in range(1, 9):
+        script.write(writer, step)
+        writer.commit()
+
+
+@pytest.mark.parametrize("how", ["removed", "moved"])
+@pytest.mark.parametrize("has_committed", [False, True])
+def test_a_writer_whose_directory_is_gone_touches_nothing_of_the_next_one(
+    tmp_path: Path, how: str, has_committed: bool
+) -> None:
+    path, old, moved = tmp_path / "a.strap", Script(seed=1), tmp_path / "moved.strap"
+    first = DatasetWriter(path, commit_interval_s=1e9, batch_bytes=64)
+    old.declare(first)
+    old.write(first, 0)
+    if has_committed:
+        first.commit()
+    shutil.rmtree(path) if how == "removed" else path.rename(moved)
+    new = Script(seed=2)
+    with DatasetWriter(path, batch_bytes=64) as second:
+        new.declare(second)
+        new.write(second, 0)
+        second.commit()
+        with pytest.raises(WriteError, match="removed or moved while it was written"):
+            go_on(first, old)
+        with pytest.raises(WriteError):
+            first.close()
+        new.write(second, 1)
+    with Reader(path, verify="always") as reader:
+        assert contents_of(reader) == new.contents(2)
+    report = verify(path)
+    assert report.problems == report.notes == ()
+    if how == "moved" and has_committed:
+        with Reader(moved, verify="always") as reader:
+            assert contents_of(reader) == old.contents(1)
+
+
+def test_giving_up_removes_nothing_of_the_next_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.strap"
+    first = DatasetWriter(path)
+    shutil.rmtree(path)
+    with DatasetWriter(path) as second:
+        first.abort()
+        Script().declare(second)
+        Script().write(second, 0)
+    with Reader(path) as reader:
+        assert contents_of(reader) == Script().contents(1)

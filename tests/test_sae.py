@@ -1,8 +1,11 @@
 """A top-k sparse autoencoder recovers sparse structure, and refuses what it cannot learn from."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import strapfmt
 from strapfmt.analysis.sae import TopKSAE, train_sae
 from strapfmt.errors import ArgumentError
 
@@ -105,3 +108,23 @@ def test_unusable_batches_are_refused(batches: list[torch.Tensor], said: str) ->
 def test_k_above_the_number_of_latents_is_refused() -> None:
     with pytest.raises(ArgumentError, match="1 <= k <= d_sae = 4, got 5"):
         TopKSAE(8, 4, 5)
+
+
+def test_an_endless_loader_ends(tmp_path: Path) -> None:
+    with strapfmt.create(tmp_path / "a.strap") as rec:
+        rec.write("x", torch.randn(200, 8))
+    loader = strapfmt.open(tmp_path / "a.strap").loader("x", batch_size=64, shuffle=True, epochs=None)
+    training = train_sae(loader, d_sae=16, k=2, n_steps=3)
+    assert training.n_steps == 3
+
+
+def test_wrong_arguments_and_batches_are_errors_of_ours(tmp_path: Path) -> None:
+    with strapfmt.create(tmp_path / "a.strap") as rec:
+        rec.write("x", torch.randn(200, 8))
+    ds = strapfmt.open(tmp_path / "a.strap")
+    with pytest.raises(ArgumentError, match="n_steps: expected a whole number of at least 1, got 0"):
+        train_sae(ds.loader("x", batch_size=64), d_sae=16, k=2, n_steps=0)
+    with pytest.raises(ArgumentError, match="max_duration_s: expected a number of seconds above 0"):
+        train_sae(ds.loader("x", batch_size=64), d_sae=16, k=2, n_steps=3, max_duration_s=0)
+    with pytest.raises(ArgumentError, match="expected one tensor a batch, got a tuple"):
+        train_sae(ds.loader("x", batch_size=64, with_rows=True), d_sae=16, k=2, n_steps=3)

@@ -111,7 +111,7 @@ class Drain:
             raise DrainError(
                 f"{self._writer.path}: writing failed after {self.n_rows} rows, and what was captured since the last "
                 f"commit is lost ({type(self._failure).__name__}: {self._failure}); what was committed before can be "
-                "read, and mode='append' goes on behind it"
+                "read where it is, and mode='append' goes on behind it"
             ) from self._failure
 
     @property

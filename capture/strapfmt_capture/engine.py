@@ -144,12 +144,13 @@ class Engine:
                 self.ring.free()
 
     def _outcome(self) -> dict[str, Any]:
+        missed = {tap.point.site: tap.n_missed for tap in self.hooks.taps if tap.n_missed}
         return {
             "outcome": {
                 "n_steps": self.hooks.steps.n_steps,
                 "n_dropped_steps": self.hooks.steps.n_dropped_steps,
                 "n_abandoned_steps": self.hooks.steps.n_abandoned_steps,
-                "missed_steps": {tap.point.site: tap.n_missed for tap in self.hooks.taps if tap.n_missed},
+                **({"missed_steps": missed} if missed else {}),
                 "devices": sorted(str(device) for device in self.hooks.devices),
                 "stall_s": self.ring.stall_s,
                 "peak_fill": self.ring.peak_bytes / self.ring.n_bytes,

@@ -241,9 +241,15 @@ def declare(
             f"site {point.site!r} at {point.hook_point}: its first value is {list(x.shape)}: {error}"
         ) from error
     if known is not None and known != spec:
+        names = ("dtype", "shape", "row_space", "codec", "statistics", "module_path", "hook_point")
+        differing = [
+            f"{name} {getattr(known, name)!r} (now {getattr(spec, name)!r})"
+            for name in names
+            if getattr(known, name) != getattr(spec, name)
+        ]
         raise CaptureError(
-            f"site {point.site!r} at {point.hook_point}: expected what the dataset already holds, {known}; "
-            f"found {spec}; write into a dataset of its own"
+            f"site {point.site!r} at {point.hook_point}: expected what the dataset already holds: "
+            f"{', '.join(differing)}; write into a dataset of its own"
         )
     return Layout(
         spec=spec,

@@ -80,10 +80,10 @@ def capture(
         Statistics stored with every row: all, none, or some of `strapfmt.spec.STATISTICS`.
     tags : mapping, optional
         JSON values kept with every sequence.
-    mode : {"create", "append"}
-        "create" refuses a dataset that exists; "append" goes on behind what is committed.
+    mode : {"create", "overwrite", "append"}
+        "create" refuses a dataset that exists, "overwrite" replaces it, "append" goes on behind what is committed.
     overwrite : bool
-        Replace a dataset that exists.
+        The same as `mode="overwrite"`.
     rank : int, optional
         This process's number among several that write one dataset. None: that of the environment variable `RANK`,
         which torchrun sets; without it, the only writer.
@@ -115,7 +115,7 @@ def capture(
         If another argument is wrong.
     """
     if mode not in ("create", "overwrite", "append"):
-        raise ArgumentError(f"mode: expected 'create' or 'append', got {mode!r}")
+        raise ArgumentError(f"mode: expected 'create', 'overwrite' or 'append', got {mode!r}")
     if as_flag("overwrite", overwrite) and mode == "append":
         raise ArgumentError("overwrite=True replaces the dataset and mode='append' keeps it: choose one")
     options = Options(

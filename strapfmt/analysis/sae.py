@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from strapfmt.arguments import as_integer, as_seconds
 from strapfmt.errors import ArgumentError
 
 __all__ = ["SAETraining", "TopKSAE", "train_sae"]
@@ -142,6 +143,8 @@ def train_sae(
     ArgumentError
         If the loader gives no batch, or one that is not two-dimensional or holds NaN or infinities.
     """
+    as_integer("n_steps", n_steps, least=1)
+    as_seconds("max_duration_s", max_duration_s)
     started = time.monotonic()
     batches = _repeat(loader)
     first = next(batches)
@@ -179,6 +182,11 @@ def _repeat(loader: Iterable[torch.Tensor]) -> Generator[torch.Tensor, None, Non
     while True:
         is_empty = True
         for batch in loader:
+            if not isinstance(batch, torch.Tensor):
+                raise ArgumentError(
+                    f"loader: expected one tensor a batch, got a {type(batch).__name__}; leave out with_rows=, and "
+                    "name one site"
+                )
             if batch.ndim != 2:
                 raise ArgumentError(f"loader: expected batches [n, d_model], got shape {tuple(batch.shape)}")
             if not torch.isfinite(batch).all():
@@ -194,7 +202,8 @@ def _evaluate(sae: TopKSAE, loader: Iterable[torch.Tensor]) -> tuple[float, int]
     has_fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.scale.device)
     n, error = 0, 0.0
     total = squares = torch.zeros(sae.d_model, dtype=torch.float64, device=sae.scale.device)
-    for batch in loader:
+    # One epoch, also of a loader that gives epochs without end.
+    for batch in itertools.islice(loader, getattr(loader, "n_batches", None)):
         x = batch.float()
         values, latents = sae.encode(x)
         has_fired[latents[values > 0]] = True
