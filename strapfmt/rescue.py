@@ -12,6 +12,7 @@ import pyarrow as pa
 from strapfmt import spec
 from strapfmt.errors import ArgumentError
 from strapfmt.report import SiteRepair
+from strapfmt.row_checks import TABLE_IDS
 from strapfmt.salvage import Stream
 from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, read_site, site_schema
 from strapfmt.writer import DatasetWriter
@@ -37,10 +38,9 @@ class IdColumn:
     is_unique: bool = True
 
 
+# As the writer holds them to; events tell of any row again, and are cut by their step.
 _TABLE_KEYS = {
-    "tokens": IdColumn("row", "row"),
-    "sequences": IdColumn("sequence_id", "sequence", is_rising=False),
-    "steps": IdColumn("step", "step"),
+    **{name: IdColumn(ids.column, ids.counter, ids.is_rising) for name, ids in TABLE_IDS.items()},
     "row_events": IdColumn("step", "step", is_rising=False, is_unique=False),
 }
 

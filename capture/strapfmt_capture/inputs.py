@@ -21,6 +21,8 @@ __all__ = ["Inputs", "named_arguments", "read_inputs"]
 # What models call their token ids, Hugging Face's name first.
 _TOKEN_NAMES = ("input_ids", "idx", "tokens", "token_ids")
 _CACHE_NAMES = ("past_key_values", "cache_params", "layer_past")
+# All that says which tokens a pass is about.
+_NAMES = (*_TOKEN_NAMES, *_CACHE_NAMES, "inputs_embeds", "attention_mask", "position_ids")
 # What is added to a score is a bias above this, and below it an end to attention.
 _NOT_ATTENDED = -9e3
 # Arguments that only a paged cache has: there the rows of one pass belong to many requests.
@@ -56,8 +58,7 @@ class Inputs:
 
     def is_read_from(self, given: Mapping[str, Any]) -> bool:
         """Whether another call is given the very same objects, so that reading them again would tell nothing new."""
-        names = (*_TOKEN_NAMES, *_CACHE_NAMES, "inputs_embeds", "attention_mask", "position_ids")
-        return all(given.get(name) is self.given.get(name) for name in names)
+        return all(given.get(name) is self.given.get(name) for name in _NAMES)
 
     def agrees_with(self, other: Inputs) -> bool:
         """Whether both are about the same tokens, as far as they say."""
@@ -279,9 +280,8 @@ def _attended(mask: torch.Tensor | None) -> torch.Tensor:
     """A mask of any kind as bool `[n_sequences, query, key]`, true where a query attends to a key."""
     assert mask is not None
     mask = mask[:, 0] if mask.ndim == 4 else mask
-    if (
-        mask.is_floating_point()
-    ):  # added to the scores: 0 or a bias where attended, -1e4, -1e9 or the lowest where not
+    if mask.is_floating_point():
+        # Added to the scores: 0 or a bias where attended; -1e4, -1e9 or the lowest number where not.
         return mask > _NOT_ATTENDED
     return mask != 0
 
