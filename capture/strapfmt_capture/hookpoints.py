@@ -51,6 +51,11 @@ class HookPoint:
         """The place in words: `"model.layers.3:out"`."""
         return f"{self.module_path}:{self.where}"
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether the site has a name of its own, the same in every architecture, and not its module's."""
+        return self.site not in (self.module_path, self.hook_point)
+
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any = None) -> torch.Tensor:
         """Return the tensor of this site from the arguments and the output of one call of the module.
 

@@ -210,7 +210,7 @@ def declare(
     heads_first = not point.heads_first and _is_heads_first(point, x, step)
     x = x.transpose(1, 2) if heads_first else x
     lead = _token_dimensions(x, step, chosen, is_head=is_head)
-    if not lead and step.is_language and point.site not in (point.module_path, point.hook_point):
+    if not lead and step.is_language and point.is_uniform:
         raise CaptureError(
             f"site {point.site!r} at {point.hook_point}: expected one row a token, [{step.n_sequences}, "
             f"{step.n_query}, *]; found {list(x.shape)}, whose tokens are not known; leave this site out, or name the "

@@ -293,7 +293,7 @@ def _notes(engine: Engine) -> list[str]:
     points = [
         tap.point for tap in engine.hooks.taps if tap.layout is not None and tap.layout.ndim is not None
     ]
-    if own := [point.site for point in points if point.site not in (point.module_path, point.hook_point)]:
+    if own := [point.site for point in points if point.is_uniform]:
         notes.append(
             f"{len(own)} site(s) such as {own[0]!r} number their own rows, as the model is given no tokens under a "
             "name that is known (input_ids, ...): which token a row belongs to is not stored"
