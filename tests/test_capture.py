@@ -89,7 +89,11 @@ def call(model: torch.nn.Module, *inputs: torch.Tensor) -> None:
         ({"mode": "update"}, ArgumentError, "mode: expected 'create', 'overwrite' or 'append'"),
         ({"mode": "append", "overwrite": True}, ArgumentError, "choose one"),
         ({"mode": "append"}, DatasetNotFoundError, "no dataset to append to"),
-        ({"ring_bytes": 1}, ArgumentError, "ring_bytes: expected a whole number of at least 64, got 1"),
+        (
+            {"host_ring_bytes": 1},
+            ArgumentError,
+            "host_ring_bytes: expected a whole number of at least 64, got 1",
+        ),
         ({"commit_interval_s": -1.0}, ArgumentError, "commit_interval_s"),
         ({"overwrite": "no"}, ArgumentError, "overwrite: expected True or False, got 'no'"),
         ({"tags": {"a": object()}}, ArgumentError, "tags: expected JSON values"),
@@ -819,7 +823,7 @@ def test_statistics_can_be_left_out_or_chosen(tmp_path: Path) -> None:
     ):
         with strapfmt.capture(model, tmp_path / name, sites="logits", stats=stats, quiet=True) as cap:
             model(input_ids=IDS)
-        assert list(cap.stats) == columns
+        assert list(cap.statistics) == columns
         assert Reader(tmp_path / name)["logits"].to_arrow().schema.names == ["activation", "row", *columns]
 
 
@@ -848,8 +852,8 @@ def test_the_progress_line_can_be_forced(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"ring_bytes": 1 << 62}, "ring_bytes"),
-        ({"ring_bytes": 1e6}, "ring_bytes"),
+        ({"host_ring_bytes": 1 << 62}, "host_ring_bytes"),
+        ({"host_ring_bytes": 1e6}, "host_ring_bytes"),
         ({"batch_bytes": "4MB"}, "batch_bytes"),
         ({"commit_interval_s": float("nan")}, "commit_interval_s"),
         ({"rank": "0"}, "rank"),

@@ -26,7 +26,7 @@ from strapfmt_capture.session import Capture
 
 WIDTH = 256
 PATIENCE_S = 20.0
-SMALL: dict[str, Any] = {"ring_bytes": 64 << 10, "batch_bytes": 4 << 10, "quiet": True}
+SMALL: dict[str, Any] = {"host_ring_bytes": 64 << 10, "batch_bytes": 4 << 10, "quiet": True}
 
 
 class Wide(torch.nn.Module):
@@ -197,16 +197,20 @@ def test_an_idle_drain_is_not_taken_for_a_full_ring(tmp_path: Path) -> None:
 
 
 def test_a_row_larger_than_the_ring_is_refused(tmp_path: Path) -> None:
-    model, cap = capture(tmp_path, ring_bytes=512)
-    with pytest.raises(CaptureError, match=r"site 'one'.*one row has 1024 bytes.*raise ring_bytes"), cap:
+    model, cap = capture(tmp_path, host_ring_bytes=512)
+    with pytest.raises(CaptureError, match=r"site 'one'.*one row has 1024 bytes.*raise host_ring_bytes"), cap:
         model(ids(1))
 
 
 def test_small_rings_of_any_size_lose_nothing(tmp_path: Path) -> None:
-    for number, ring_bytes in enumerate((1024, 1500, 3000, 8192, 10_000)):
+    for number, host_ring_bytes in enumerate((1024, 1500, 3000, 8192, 10_000)):
         model = Wide()
         with strapfmt.capture(
-            model, tmp_path / f"{number}.strap", sites=["one", "two"], ring_bytes=ring_bytes, quiet=True
+            model,
+            tmp_path / f"{number}.strap",
+            sites=["one", "two"],
+            host_ring_bytes=host_ring_bytes,
+            quiet=True,
         ):
             call(model, ids(7), ids(1, 7), ids(30, 8))
         reader = Reader(tmp_path / f"{number}.strap")
@@ -456,7 +460,7 @@ def test_no_thread_and_no_file_is_left_open(tmp_path: Path) -> None:
 
 
 def test_statistics_belong_to_their_rows_however_they_were_grouped(tmp_path: Path) -> None:
-    model, cap = capture(tmp_path, ring_bytes=1 << 20)
+    model, cap = capture(tmp_path, host_ring_bytes=1 << 20)
     with cap:
         call(model, ids(3), ids(1, 10), ids(500, 20), ids(1, 600))
     for name in ("one", "two"):

@@ -37,7 +37,7 @@ def capture_until_killed(model: torch.nn.Module, path: Path, seed: int) -> None:
             path,
             sites=SITES,
             commit_interval_s=choose.choice((0.0, 0.0, 0.01)),
-            ring_bytes=choose.choice((1 << 14, 1 << 20)),
+            host_ring_bytes=choose.choice((1 << 14, 1 << 20)),
             batch_bytes=choose.choice((1 << 10, 1 << 13)),
             shard_bytes=choose.choice((1 << 13, 1 << 22)),
             quiet=True,

@@ -403,14 +403,17 @@ def test_head_keeps_whole_numbers_exact(run: Run, tmp_path: Path, dtype: str, va
 
 
 def test_info_tells_when_first_and_leaves_out_what_is_not_known(run: Run, tmp_path: Path) -> None:
-    facts = {"outcome": {"fill": 0.0023107528686523438, "rank": None}, "options": {"ring_bytes": 1 << 28}}
+    facts = {
+        "outcome": {"fill": 0.0023107528686523438, "rank": None},
+        "options": {"host_ring_bytes": 1 << 28},
+    }
     DatasetWriter(tmp_path / "a.strap", provenance={**facts, "nothing": None}).close()
     DatasetWriter(tmp_path / "a.strap", mode="append").close()
     lines = run("info", tmp_path / "a.strap").out.splitlines()
     keys = [line.split(":")[0].strip() for line in lines if line.startswith("  ")]
     assert keys == ["session 0", "started", "ended", "outcome", "options", "session 1", "started", "ended"]
     assert "  outcome: fill 0.00231" in lines
-    assert "  options: ring_bytes 256.0 MiB" in lines
+    assert "  options: host_ring_bytes 256.0 MiB" in lines
 
 
 def test_info_cuts_no_line_in_a_pipe_and_wraps_at_words_on_a_terminal(run: Run, tmp_path: Path) -> None:

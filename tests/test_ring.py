@@ -103,9 +103,9 @@ def test_a_slot_as_large_as_the_ring_fits_and_a_larger_one_is_refused() -> None:
     ring.take(100)
     ring.release(ring.position)
     assert put(ring, 256, 1)
-    with pytest.raises(ArgumentError, match="257 bytes does not fit a ring of 256; raise ring_bytes"):
+    with pytest.raises(ArgumentError, match="257 bytes does not fit a ring of 256; raise host_ring_bytes"):
         ring.reserve(257)
-    with pytest.raises(ArgumentError, match="ring_bytes"):
+    with pytest.raises(ArgumentError, match="host_ring_bytes"):
         Ring(1)
 
 

@@ -43,7 +43,7 @@ class Options:
     stats: tuple[str, ...]
     mode: Mode
     rank: int | None
-    ring_bytes: int
+    host_ring_bytes: int
     batch_bytes: int
     shard_bytes: int
     commit_interval_s: float
@@ -54,7 +54,7 @@ class Options:
             object.__setattr__(self, "rank", as_integer("rank", self.rank, least=0))
         if self.on_full not in _ON_FULL:
             raise ArgumentError(f"on_full: expected one of {', '.join(_ON_FULL)}; got {self.on_full!r}")
-        for name in ("ring_bytes", "batch_bytes", "shard_bytes"):
+        for name in ("host_ring_bytes", "batch_bytes", "shard_bytes"):
             object.__setattr__(self, name, as_integer(name, getattr(self, name), least=spec.ALIGNMENT_BYTES))
         object.__setattr__(
             self,
@@ -79,7 +79,7 @@ class Engine:
         progress: bool | None,
     ) -> None:
         self._is_running = False
-        self.ring: Ring[Item] = Ring(options.ring_bytes)
+        self.ring: Ring[Item] = Ring(options.host_ring_bytes)
         self.tokenizer = None if tokenizer is None else ForgivingTokenizer(tokenizer)
         self.tracker = RowTracker(reserve=self._reserve, tokenizer=self.tokenizer, tags=tags)
         heads = _head_paths(model)

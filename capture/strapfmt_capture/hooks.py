@@ -191,16 +191,19 @@ class Hooks:
                     f"site {tap.point.site!r} at {tap.point.hook_point} fired outside a forward pass of the captured "
                     "model; call that model itself (not its forward method, and not a part of it), or capture the part"
                 )
-            x = tap.point.read(args, kwargs, output)
-            layout = tap.layout or self._declare(tap, x, open_step)
-            if layout.heads_first:
-                x = layout.turned(x)
-            is_whole = x.dtype is layout.dtype and x.shape == open_step.batch + layout.shape
-            if is_whole and layout.ndim is None and (open_step.chosen is None or not layout.is_head):
-                placed = open_step.whole
-            else:
-                placed = layout.place(x, open_step.step, open_step.chosen)
-            self._store(tap, layout, x, placed, open_step)
+            self._take(tap, tap.point.read(args, kwargs, output), open_step)
+
+    def _take(self, tap: Tap, x: torch.Tensor, open_step: OpenStep) -> None:
+        """Store `x`, what the site gave in a step, however it came here."""
+        layout = tap.layout or self._declare(tap, x, open_step)
+        if layout.heads_first:
+            x = layout.turned(x)
+        is_whole = x.dtype is layout.dtype and x.shape == open_step.batch + layout.shape
+        if is_whole and layout.ndim is None and (open_step.chosen is None or not layout.is_head):
+            placed = open_step.whole
+        else:
+            placed = layout.place(x, open_step.step, open_step.chosen)
+        self._store(tap, layout, x, placed, open_step)
 
     def _store(
         self, tap: Tap, layout: Layout, x: torch.Tensor, placed: Placement, open_step: OpenStep
@@ -256,7 +259,7 @@ class Hooks:
         if row_bytes > self._ring.n_bytes:
             raise CaptureError(
                 f"site {layout.spec.name!r} at {layout.where}: one row has {row_bytes} bytes, more than the whole ring "
-                f"of {self._ring.n_bytes}; raise ring_bytes"
+                f"of {self._ring.n_bytes}; raise host_ring_bytes"
             )
         n_rows = max(self._ring.n_bytes // _PIECE_SHARE // row_bytes, 1)
         if placed.index is None and placed.n_rows <= n_rows:

@@ -75,7 +75,7 @@ class Ring(Generic[Item]):
 
     def __init__(self, n_bytes: int = RING_BYTES, *, device: str = "cpu") -> None:
         if n_bytes < ALIGNMENT_BYTES:
-            raise ArgumentError(f"ring_bytes: expected at least {ALIGNMENT_BYTES}, got {n_bytes}")
+            raise ArgumentError(f"host_ring_bytes: expected at least {ALIGNMENT_BYTES}, got {n_bytes}")
         self.n_bytes = _aligned(n_bytes)
         self.stall_s, self.n_stalls, self.peak_bytes = 0.0, 0, 0
         # Memory from inside inference mode could not be written to outside of it.
@@ -84,7 +84,7 @@ class Ring(Generic[Item]):
                 memory = torch.empty(self.n_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
             except (RuntimeError, TypeError) as error:  # too much for the machine; too much for 64 bits
                 raise ArgumentError(
-                    f"ring_bytes: expected no more memory than there is, got {n_bytes}; pass less, 256 MiB usually do"
+                    f"host_ring_bytes: expected no more memory than there is, got {n_bytes}; 256 MiB usually do"
                 ) from error
             start = -memory.data_ptr() % ALIGNMENT_BYTES
             usable = memory[start : start + self.n_bytes]
@@ -158,7 +158,7 @@ class Ring(Generic[Item]):
         needed = _aligned(n_bytes)
         if needed > self.n_bytes:
             raise ArgumentError(
-                f"a slot of {n_bytes} bytes does not fit a ring of {self.n_bytes}; raise ring_bytes"
+                f"a slot of {n_bytes} bytes does not fit a ring of {self.n_bytes}; raise host_ring_bytes"
             )
         slot = self._place(needed)
         return self._wait_for_place(needed) if slot is None and not self._is_aborted else slot

@@ -45,7 +45,7 @@ def capture(
     mode: Mode = "create",
     overwrite: bool = False,
     rank: int | None = None,
-    ring_bytes: int = RING_BYTES,
+    host_ring_bytes: int = RING_BYTES,
     batch_bytes: int = spec.BATCH_TARGET_BYTES,
     shard_bytes: int = spec.SHARD_TARGET_BYTES,
     commit_interval_s: float = COMMIT_INTERVAL_S,
@@ -87,7 +87,7 @@ def capture(
     rank : int, optional
         This process's number among several that write one dataset. None: that of the environment variable `RANK`,
         which torchrun sets; without it, the only writer.
-    ring_bytes : int
+    host_ring_bytes : int
         Memory between the model and the writer.
     batch_bytes, shard_bytes : int
         Target size of a record batch and of a shard.
@@ -124,7 +124,7 @@ def capture(
         stats=check_statistics(stats),
         mode="overwrite" if overwrite else mode,
         rank=rank_from_environment() if rank is None else rank,
-        ring_bytes=ring_bytes,
+        host_ring_bytes=host_ring_bytes,
         batch_bytes=batch_bytes,
         shard_bytes=shard_bytes,
         commit_interval_s=commit_interval_s,
@@ -153,8 +153,8 @@ class Capture:
     ----------
     path : Path
         The dataset.
-    stats : tuple of str
-        The statistics that are stored.
+    statistics : tuple of str
+        Those that are stored.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class Capture:
         progress: bool | None,
         quiet: bool,
     ) -> None:
-        self.path, self.stats = path, options.stats
+        self.path, self.statistics = path, options.stats
         self._place = (
             path.absolute()
         )  # for the writer: the process may change its directory before it is entered
@@ -246,7 +246,7 @@ class Capture:
         """Estimate the bytes that capturing `n_tokens` tokens takes, before any codec."""
         n_tokens = as_integer("n_tokens", n_tokens, least=0)
         known = self._engine.specs if self._engine else {}
-        return estimate(n_tokens, describe(self._model, self._points), known, self.stats)
+        return estimate(n_tokens, describe(self._model, self._points), known, self.statistics)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}: {len(self._points)} sites, {self._state})"

@@ -212,7 +212,7 @@ class Steps:
         if is_full and self._on_full == "raise":
             raise RingFullError(
                 f"the ring is full ({self._ring.n_used} of {self._ring.n_bytes} bytes wait to be written) and "
-                'on_full="raise"; use "block" or "drop", a larger ring_bytes, fewer sites or a faster disk'
+                'on_full="raise"; use "block" or "drop", a larger host_ring_bytes, fewer sites or a faster disk'
             )
         step = self._tracker.begin(call.module, call.inputs)
         if is_full:
