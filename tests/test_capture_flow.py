@@ -153,7 +153,7 @@ def test_drop_leaves_out_whole_steps_and_says_which(tmp_path: Path, gate: Any) -
         call(model, ids(16), ids(16, 100), ids(16, 200), ids(10, 300))
         assert cap.report.n_dropped_steps == 2
         is_open.set()
-        wait_until(lambda: cap._engine.ring.n_used == 0)
+        wait_until(lambda: cap._engine.rings.host.n_used == 0)
         call(model, ids(4, 400))
     reader = Reader(tmp_path / "x.strap")
     assert_consistent(reader)
@@ -179,7 +179,7 @@ def test_raise_refuses_the_step_and_the_next_one_may_go_on(tmp_path: Path, gate:
         with pytest.raises(RingFullError, match=r'the ring is full.*on_full="raise"'):
             model(ids(16, 200))
         is_open.set()
-        wait_until(lambda: cap._engine.ring.n_used == 0)
+        wait_until(lambda: cap._engine.rings.host.n_used == 0)
         model(ids(2, 300))
     reader = Reader(tmp_path / "x.strap")
     assert_consistent(reader)

@@ -19,12 +19,13 @@ from strapfmt.codecs import get_codec
 from strapfmt.errors import ArgumentError, CaptureError, WriterConflictError
 from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
-from strapfmt_capture.drain import Drain, Item
+from strapfmt_capture.drain import Drain
 from strapfmt_capture.hookpoints import HookPoint, hook_points
 from strapfmt_capture.hooks import Hooks, OnFull
 from strapfmt_capture.progress import ProgressLine
 from strapfmt_capture.provenance import describe_model, describe_tokenizer, describe_versions
 from strapfmt_capture.ring import Ring
+from strapfmt_capture.rings import Rings
 from strapfmt_capture.rows import RowTracker
 from strapfmt_capture.texts import ForgivingTokenizer
 
@@ -44,6 +45,7 @@ class Options:
     mode: Mode
     rank: int | None
     host_ring_bytes: int
+    gpu_ring_bytes: int
     batch_bytes: int
     shard_bytes: int
     commit_interval_s: float
@@ -54,7 +56,7 @@ class Options:
             object.__setattr__(self, "rank", as_integer("rank", self.rank, least=0))
         if self.on_full not in _ON_FULL:
             raise ArgumentError(f"on_full: expected one of {', '.join(_ON_FULL)}; got {self.on_full!r}")
-        for name in ("host_ring_bytes", "batch_bytes", "shard_bytes"):
+        for name in ("host_ring_bytes", "gpu_ring_bytes", "batch_bytes", "shard_bytes"):
             object.__setattr__(self, name, as_integer(name, getattr(self, name), least=spec.ALIGNMENT_BYTES))
         object.__setattr__(
             self,
@@ -79,7 +81,7 @@ class Engine:
         progress: bool | None,
     ) -> None:
         self._is_running = False
-        self.ring: Ring[Item] = Ring(options.host_ring_bytes)
+        self.rings = Rings(Ring(options.host_ring_bytes), gpu_ring_bytes=options.gpu_ring_bytes)
         self.tokenizer = None if tokenizer is None else ForgivingTokenizer(tokenizer)
         self.tracker = RowTracker(reserve=self._reserve, tokenizer=self.tokenizer, tags=tags)
         heads = _head_paths(model)
@@ -101,12 +103,12 @@ class Engine:
             # What can fail has been tried: with mode="overwrite" the writer removes what there was.
             self.writer = _open_writer(path, options, facts)
             undo.callback(_give_up, self.writer, options.mode)
-            self.drain = Drain(self.ring, self.writer)
+            self.drain = Drain(self.rings.host, self.writer)
             self._attached.callback(self.tracker.close)
             self.hooks = Hooks(
                 points,
                 heads=heads,
-                ring=self.ring,
+                rings=self.rings,
                 drain=self.drain,
                 tracker=self.tracker,
                 on_full=options.on_full,
@@ -133,7 +135,9 @@ class Engine:
         try:
             with self._attached:
                 self.hooks.finish(error)
+            self.rings.finish()
         except BaseException:
+            self.rings.abort()
             self.drain.abort()
             raise
         else:
@@ -141,7 +145,7 @@ class Engine:
         finally:
             self._progress.__exit__(None, None, None)
             if not self.drain.is_alive:
-                self.ring.free()
+                self.rings.free()
 
     def _outcome(self) -> dict[str, Any]:
         missed = {tap.point.site: tap.n_missed for tap in self.hooks.taps if tap.n_missed}
@@ -152,8 +156,8 @@ class Engine:
                 "n_abandoned_steps": self.hooks.steps.n_abandoned_steps,
                 **({"missed_steps": missed} if missed else {}),
                 "devices": sorted(str(device) for device in self.hooks.devices),
-                "stall_s": self.ring.stall_s,
-                "peak_fill": self.ring.peak_bytes / self.ring.n_bytes,
+                "stall_s": self.rings.stall_s,
+                "peak_fill": self.rings.peak_fill,
             }
         }
 
@@ -165,7 +169,7 @@ class Engine:
         if not self._is_running:
             return 0, 0, 0.0, 0
         n_dropped = sum(tap.dropped for tap in self.hooks.taps)
-        return self.drain.n_rows, self.drain.n_bytes, self.ring.fill, n_dropped
+        return self.drain.n_rows, self.drain.n_bytes, self.rings.fill, n_dropped
 
 
 def _open_writer(path: Path, options: Options, provenance: Mapping[str, Any]) -> DatasetWriter:

@@ -26,11 +26,12 @@ import torch
 
 from strapfmt.errors import CaptureError
 from strapfmt.schema import SiteSpec
-from strapfmt_capture.drain import Drain, Item
+from strapfmt_capture.drain import Drain
 from strapfmt_capture.eager import check_runs_eagerly, is_repetition
 from strapfmt_capture.hookpoints import HookPoint
 from strapfmt_capture.placement import Layout, Placement, declare
 from strapfmt_capture.ring import Ring, Slot
+from strapfmt_capture.rings import Rings
 from strapfmt_capture.rows import RowTracker
 from strapfmt_capture.steps import OnFull, OpenStep, Steps
 from strapfmt_capture.turn import Values
@@ -79,7 +80,7 @@ class Hooks:
     points : iterable of HookPoint
     heads : collection of str
         Paths of modules that may leave out all but the last positions.
-    ring : Ring
+    rings : Rings
     drain : Drain
         Asked at every step whether it has failed.
     tracker : RowTracker
@@ -96,7 +97,7 @@ class Hooks:
         points: Iterable[HookPoint],
         *,
         heads: Iterable[str],
-        ring: Ring[Item],
+        rings: Rings,
         drain: Drain,
         tracker: RowTracker,
         on_full: OnFull,
@@ -109,9 +110,9 @@ class Hooks:
         self.devices: set[torch.device] = set()
         #: The passes of the model, counted.
         self.steps = Steps(
-            ring=ring, drain=drain, tracker=tracker, on_full=on_full, on_complete=self._count_missed
+            rings=rings, drain=drain, tracker=tracker, on_full=on_full, on_complete=self._count_missed
         )
-        self._ring = ring
+        self._rings = rings
         self._codec, self._statistics, self._known = codec, statistics, known
         self._is_over = False
         # A model that runs parts of itself in several threads fires sites in all of them.
@@ -248,7 +249,7 @@ class Hooks:
             chosen=open_step.chosen,
         )
         self.devices.add(x.device)
-        self._ring.publish(tap.layout.spec)
+        self._rings.publish(tap.layout.spec)
         return tap.layout
 
     def _copy(
@@ -256,27 +257,28 @@ class Hooks:
     ) -> None:
         shape = tuple(x.shape[x.ndim - len(layout.shape) :])
         row_bytes = math.prod(shape) * x.dtype.itemsize
-        if row_bytes > self._ring.n_bytes:
+        ring, most = self._rings.of(x.device), self._rings.most_bytes
+        if row_bytes > most:
             raise CaptureError(
                 f"site {layout.spec.name!r} at {layout.where}: one row has {row_bytes} bytes, more than the whole ring "
-                f"of {self._ring.n_bytes}; raise host_ring_bytes"
+                f"of {most}; raise host_ring_bytes, and gpu_ring_bytes if the model is on a GPU"
             )
-        n_rows = max(self._ring.n_bytes // _PIECE_SHARE // row_bytes, 1)
+        n_rows = max(most // _PIECE_SHARE // row_bytes, 1)
         if placed.index is None and placed.n_rows <= n_rows:
-            slot = self._ring.reserve(placed.n_rows * row_bytes)
+            slot = ring.reserve(placed.n_rows * row_bytes)
             if slot is not None:
-                self._ring.copy_in(slot.start, x)
-                self._publish(layout, x, shape, placed, call, slot, slice(None))
+                ring.copy_in(slot.start, x)
+                self._publish(layout, x, shape, placed, call, ring, slot, slice(None))
             return
         index = None if placed.index is None else _index(placed.index, x.device, open_step)
         flat = x.reshape(-1, *shape)
         for start in range(0, placed.n_rows, n_rows):
             part = slice(start, min(start + n_rows, placed.n_rows))
-            slot = self._ring.reserve((part.stop - start) * row_bytes)
+            slot = ring.reserve((part.stop - start) * row_bytes)
             if slot is None:
                 return
-            _gather(flat, index, part, self._ring.view(slot.start, x.dtype, (part.stop - start, *shape)))
-            self._publish(layout, x, shape, placed, call, slot, part)
+            _gather(flat, index, part, ring.view(slot.start, x.dtype, (part.stop - start, *shape)))
+            self._publish(layout, x, shape, placed, call, ring, slot, part)
 
     def _publish(
         self,
@@ -285,6 +287,7 @@ class Hooks:
         shape: tuple[int, ...],
         placed: Placement,
         call: int,
+        ring: Ring[Any],
         slot: Slot,
         part: slice,
     ) -> None:
@@ -299,14 +302,14 @@ class Hooks:
             token_row=None if placed.token_row is None else placed.token_row[part],
             call=call,
         )
-        self._ring.publish(values, slot)
+        self._rings.put(ring, values, slot)
 
 
 def _gather(flat: torch.Tensor, index: torch.Tensor | None, part: slice, out: torch.Tensor) -> None:
     """Copy rows `part`, or those that the index names for it, into ring memory."""
     if index is None:
         out.copy_(flat[part])
-    elif flat.device.type == "cpu":
+    elif flat.device == out.device:
         torch.index_select(flat, 0, index[part], out=out)
     else:
         out.copy_(flat.index_select(0, index[part]))
@@ -315,10 +318,16 @@ def _gather(flat: torch.Tensor, index: torch.Tensor | None, part: slice, out: to
 def _index(index: npt.NDArray[np.int64], device: torch.device, open_step: OpenStep) -> torch.Tensor:
     """Return places as a tensor on `device`; those of the step's stored tokens are moved there once."""
     if index is not open_step.step.selected:
-        return torch.from_numpy(index).to(device)
+        return _sent(index, device)
     if device not in open_step.index:
-        open_step.index[device] = torch.from_numpy(index).to(device)
+        open_step.index[device] = _sent(index, device)
     return open_step.index[device]
+
+
+def _sent(index: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """Return places as a tensor on `device`, for which a GPU's stream does not wait."""
+    places = torch.from_numpy(index)
+    return places.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else places.to(device)
 
 
 class _NoHooks:

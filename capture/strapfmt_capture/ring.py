@@ -27,7 +27,7 @@ from strapfmt.dtypes import DTYPES
 from strapfmt.errors import ArgumentError
 from strapfmt.spec import ALIGNMENT_BYTES
 
-__all__ = ["RING_BYTES", "Ring", "Slot"]
+__all__ = ["RING_BYTES", "Ring", "Signal", "Slot"]
 
 RING_BYTES = 256 << 20
 # The consumer is woken for this share of the ring, or for whatever there is after so long: each turn it takes costs
@@ -89,6 +89,8 @@ class Ring(Generic[Item]):
             start = -memory.data_ptr() % ALIGNMENT_BYTES
             usable = memory[start : start + self.n_bytes]
             self._typed = {dtype: usable.view(dtype) for dtype in _DTYPES}
+            #: All of it, bytes.
+            self.memory = usable
             self._address = usable.data_ptr()
             self._bytes = usable.numpy() if usable.device.type == "cpu" else np.empty(0, np.uint8)
         self._worthwhile_bytes = min(_WORTHWHILE_BYTES, int(self.n_bytes * _WORTHWHILE_SHARE))
@@ -97,7 +99,7 @@ class Ring(Generic[Item]):
         self._released = 0
         self._is_pressed = self._is_closed = self._is_aborted = False
         self._lock = threading.Lock()
-        self._space, self._work = _Signal(), _Signal()
+        self._space, self._work = Signal(), Signal()
 
     # What anybody may ask.
 
@@ -176,6 +178,7 @@ class Ring(Generic[Item]):
     def free(self) -> None:
         """Give the memory back; nothing but the counts may be asked for afterwards."""
         self._typed, self._bytes = {}, np.empty(0, np.uint8)
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def close(self) -> None:
         """Say that nothing more will be published."""
@@ -278,7 +281,7 @@ class Ring(Generic[Item]):
             return self._head() - self._taken >= self._worthwhile_bytes
 
 
-class _Signal:
+class Signal:
     """Wakes one thread that waits, or lets the next one that comes pass.
 
     Unlike a Condition or an Event it is one lock, so that an interrupt cannot leave it half-way.
@@ -289,11 +292,13 @@ class _Signal:
         self._lock.acquire()
 
     def set(self) -> None:
+        """Wake the thread."""
         if self._lock.locked():
             with contextlib.suppress(RuntimeError):  # another thread was quicker
                 self._lock.release()
 
     def wait(self, timeout_s: float) -> None:
+        """Wait to be woken, or for so long."""
         self._lock.acquire(timeout=timeout_s)
 
 

@@ -23,6 +23,7 @@ from strapfmt_capture.arguments import (
     check_tokenizer,
     tags_text,
 )
+from strapfmt_capture.device_ring import GPU_RING_BYTES
 from strapfmt_capture.engine import Engine, Mode, Options
 from strapfmt_capture.hooks import OnFull, Tap
 from strapfmt_capture.ring import RING_BYTES
@@ -46,6 +47,7 @@ def capture(
     overwrite: bool = False,
     rank: int | None = None,
     host_ring_bytes: int = RING_BYTES,
+    gpu_ring_bytes: int = GPU_RING_BYTES,
     batch_bytes: int = spec.BATCH_TARGET_BYTES,
     shard_bytes: int = spec.SHARD_TARGET_BYTES,
     commit_interval_s: float = COMMIT_INTERVAL_S,
@@ -88,7 +90,10 @@ def capture(
         This process's number among several that write one dataset. None: that of the environment variable `RANK`,
         which torchrun sets; without it, the only writer.
     host_ring_bytes : int
-        Memory between the model and the writer.
+        Host memory between the model and the writer.
+    gpu_ring_bytes : int
+        Memory on each GPU that holds values until they have been copied to the host's ring. Taken with the first value
+        on that GPU.
     batch_bytes, shard_bytes : int
         Target size of a record batch and of a shard.
     commit_interval_s : float
@@ -125,6 +130,7 @@ def capture(
         mode="overwrite" if overwrite else mode,
         rank=rank_from_environment() if rank is None else rank,
         host_ring_bytes=host_ring_bytes,
+        gpu_ring_bytes=gpu_ring_bytes,
         batch_bytes=batch_bytes,
         shard_bytes=shard_bytes,
         commit_interval_s=commit_interval_s,
@@ -226,7 +232,7 @@ class Capture:
         """The account so far, or at the end."""
         hooks = self._engine.hooks if self._engine else None
         drain = self._engine.drain if self._engine else None
-        ring = self._engine.ring if self._engine else None
+        rings = self._engine.rings if self._engine else None
         taps = hooks.taps if hooks else [Tap(point=point, is_head=False) for point in self._points]
         return CaptureReport(
             path=self.path,
@@ -237,8 +243,8 @@ class Capture:
             n_dropped_steps=hooks.steps.n_dropped_steps if hooks else 0,
             n_abandoned_steps=hooks.steps.n_abandoned_steps if hooks else 0,
             n_bytes=drain.n_bytes if drain else 0,
-            stall_s=ring.stall_s if ring else 0.0,
-            peak_fill=ring.peak_bytes / ring.n_bytes if ring else 0.0,
+            stall_s=rings.stall_s if rings else 0.0,
+            peak_fill=rings.peak_fill if rings else 0.0,
             notes=(*self._remarks, *(_notes(self._engine) if self._engine else ())),
         )
 
@@ -284,11 +290,17 @@ def _account(tap: Tap, written: Mapping[str, int]) -> SiteAccount:
 
 def _notes(engine: Engine) -> list[str]:
     notes = []
-    elsewhere = sorted(str(device) for device in engine.hooks.devices if device.type != "cpu")
+    copied = engine.hooks.devices.difference(engine.rings.devices)
+    elsewhere = sorted(str(device) for device in copied if device.type != "cpu")
     if elsewhere:
         notes.append(
             f"values on {', '.join(elsewhere)} came to host memory by plain copies, one a site and pass, for which the "
             "device waits"
+        )
+    if engine.rings.is_pinned is False:
+        notes.append(
+            "the ring in host memory could not be locked for the GPU, so copies to it are slower; allow more locked "
+            "memory (ulimit -l) or lower host_ring_bytes"
         )
     points = [
         tap.point for tap in engine.hooks.taps if tap.layout is not None and tap.layout.ndim is not None

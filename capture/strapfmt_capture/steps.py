@@ -24,11 +24,11 @@ import numpy.typing as npt
 import torch
 
 from strapfmt.errors import CaptureError, RingFullError
-from strapfmt_capture.drain import Drain, Events, Item, StepEnd, StepStart
+from strapfmt_capture.drain import Drain, Events, StepEnd, StepStart
 from strapfmt_capture.eager import check_runs_eagerly, is_repetition
 from strapfmt_capture.inputs import Inputs, named_arguments, read_inputs
 from strapfmt_capture.placement import Placement
-from strapfmt_capture.ring import Ring
+from strapfmt_capture.rings import Rings
 from strapfmt_capture.rows import RowTracker, Step
 
 __all__ = ["OnFull", "OpenStep", "Steps"]
@@ -76,7 +76,7 @@ class Steps:
 
     Parameters
     ----------
-    ring : Ring
+    rings : Rings
     drain : Drain
         Asked at every step whether it has failed.
     tracker : RowTracker
@@ -95,7 +95,7 @@ class Steps:
     def __init__(
         self,
         *,
-        ring: Ring[Item],
+        rings: Rings,
         drain: Drain,
         tracker: RowTracker,
         on_full: OnFull,
@@ -103,7 +103,7 @@ class Steps:
     ) -> None:
         self.process = os.getpid()
         self.n_steps, self.n_dropped_steps, self.n_abandoned_steps, self.n_tokens = 0, 0, 0, 0
-        self._ring, self._drain, self._tracker = ring, drain, tracker
+        self._rings, self._drain, self._tracker = rings, drain, tracker
         self._on_full, self._on_complete = on_full, on_complete
         self._call: _Call | None = None
         self._thread = 0
@@ -158,7 +158,7 @@ class Steps:
             self._end(self._call, "abandoned", _reason(error))
         events = self._tracker.take_events()
         if events is not None:
-            self._ring.publish(Events(columns=events))
+            self._rings.publish(Events(columns=events))
 
     # Inside.
 
@@ -208,10 +208,11 @@ class Steps:
 
     def _begin(self, call: _Call) -> OpenStep:
         self._drain.check()
-        is_full = self._on_full != "block" and self._ring.n_used > self._ring.n_bytes * _FULL_SHARE
+        self._rings.check()
+        is_full = self._on_full != "block" and self._rings.fill > _FULL_SHARE
         if is_full and self._on_full == "raise":
             raise RingFullError(
-                f"the ring is full ({self._ring.n_used} of {self._ring.n_bytes} bytes wait to be written) and "
+                f"the ring is full ({self._rings.fill:.0%} of {self._rings.most_bytes} bytes wait to be written) and "
                 'on_full="raise"; use "block" or "drop", a larger host_ring_bytes, fewer sites or a faster disk'
             )
         step = self._tracker.begin(call.module, call.inputs)
@@ -221,7 +222,7 @@ class Steps:
                 step.tokens["dropped"] = np.ones(len(step.rows), bool)
         self.n_steps += 1
         self.n_tokens += len(step.rows)
-        self._ring.publish(StepStart(step=step))
+        self._rings.publish(StepStart(step=step))
         call.open = OpenStep(
             step=step,
             batch=(step.n_sequences, step.n_query),
@@ -242,7 +243,7 @@ class Steps:
     def _end(self, call: _Call, status: str, reason: str | None) -> None:
         if call.open is not None:  # else it was cut off before anything happened
             self.n_abandoned_steps += status == "abandoned"
-            self._ring.publish(
+            self._rings.publish(
                 StepEnd(
                     step=call.open.step,
                     started_ns=call.started_ns,

@@ -1,0 +1,136 @@
+"""What needs a CUDA device: values through the ring on it are right, in order, and nothing waits that need not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_model
+
+import strapfmt
+from strapfmt.reader import Reader
+from strapfmt.schema import SiteSpec
+from strapfmt_capture.drain import Item
+from strapfmt_capture.ring import Ring
+from strapfmt_capture.rings import Rings
+from strapfmt_capture.turn import Values
+
+pytestmark = pytest.mark.gpu
+
+IDS = torch.arange(5, 29).reshape(2, 12)
+SPEC = SiteSpec(name="s", dtype="int32", shape=(256,), row_space="own")
+
+
+def padded() -> dict[str, torch.Tensor]:
+    mask = torch.ones_like(IDS)
+    mask[0, :5] = 0
+    return {"input_ids": IDS.cuda(), "attention_mask": mask.cuda()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_on_a_gpu_are_those_the_model_computes(tmp_path: Path, dtype: torch.dtype) -> None:
+    model, inputs = tiny_model("llama", dtype=dtype).cuda(), padded()
+    with strapfmt.capture(model, tmp_path / "x.strap", sites="blocks.*.resid_post", quiet=True) as cap:
+        hidden = model(**inputs, output_hidden_states=True).hidden_states[1]
+    found = Reader(tmp_path / "x.strap")["blocks.0.resid_post"].tensor()
+    assert torch.equal(found, hidden[inputs["attention_mask"].bool()].cpu())
+    assert "plain copies" not in str(cap.report)
+
+
+def test_rows_of_generation_on_a_gpu_are_those_on_the_host(tmp_path: Path) -> None:
+    tables = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model("llama", dtype=torch.float64).to(device)
+        inputs = {name: value.to(device) for name, value in padded().items()}
+        path = tmp_path / f"{device}.strap"
+        with strapfmt.capture(model, path, sites=["blocks.*.*", "logits"], quiet=True):
+            model.generate(**inputs, max_new_tokens=8, num_beams=3, do_sample=False)
+        with strapfmt.open(path) as ds:
+            tables.append((list(ds.sql("SELECT * FROM tokens")), ds["blocks.1.resid_post"].tensor().clone()))
+    assert tables[0][0] == tables[1][0]
+    torch.testing.assert_close(tables[0][1], tables[1][1], rtol=1e-9, atol=1e-9)
+
+
+def test_a_ring_on_the_gpu_is_reused_a_hundred_thousand_times_without_a_torn_slot() -> None:
+    rings = Rings(Ring[Item](8 << 20), gpu_ring_bytes=2 << 20)
+    device = torch.device("cuda", torch.cuda.current_device())
+    ring = rings.of(device)
+    n_slots, n_rows = 100_000, 16
+    pattern = torch.empty(n_rows, 256, dtype=torch.int32, device=device)
+    n_checked, n_wrong = 0, 0
+
+    def check() -> None:
+        nonlocal n_checked, n_wrong
+        for item in rings.host.take(4 << 20, wait=False):
+            assert isinstance(item, Values)
+            view = rings.host.view(item.start, torch.int32, (n_rows, 256))
+            n_wrong += not bool((view == item.call).all())
+            assert item.call == n_checked
+            n_checked += 1
+        rings.host.release(rings.host.position)
+
+    for number in range(n_slots):
+        if number % 1000 == 0:
+            torch.cuda._sleep(5_000_000)  # the stream falls behind the host
+        pattern.fill_(number)
+        slot = ring.reserve(pattern.nbytes)
+        assert slot is not None
+        ring.copy_in(slot.start, pattern)
+        values = Values(
+            spec=SPEC,
+            dtype=torch.int32,
+            shape=(256,),
+            n_rows=n_rows,
+            start=slot.start,
+            rows=None,
+            token_row=None,
+            call=number,
+        )
+        rings.put(ring, values, slot)
+        if number % 64 == 0:
+            check()
+    # The host's ring has to be emptied while the mover ends.
+    rings.mark()
+    while n_checked < n_slots:
+        check()
+    rings.finish()
+    assert (n_checked, n_wrong) == (n_slots, 0)
+
+
+def test_hooks_on_a_gpu_do_not_make_the_host_wait_for_it(tmp_path: Path) -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16).cuda()
+    ids = IDS.cuda()
+    waits: list[bool] = []
+
+    def remember(module: torch.nn.Module, args: Any, output: Any) -> None:
+        waits.append(event.query())
+
+    event = torch.cuda.Event()
+
+    def delay(module: torch.nn.Module, args: Any) -> None:
+        torch.cuda._sleep(1_000_000_000)
+        event.record()
+
+    with strapfmt.capture(model, tmp_path / "x.strap", sites="blocks.*.*", quiet=True):
+        model(ids)  # declares sites and opens rings
+        handle = model.model.layers[-1].register_forward_hook(remember)
+        first = model.model.layers[0].register_forward_pre_hook(delay)
+        model(ids)
+        handle.remove()
+        first.remove()
+    assert waits == [False]  # the last block's hooks had run before the first block's kernels
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_two_gpus_is_captured_in_order(tmp_path: Path) -> None:
+    from accelerate import dispatch_model
+
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    parts = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1}
+    model = dispatch_model(model, {**parts, "model.norm": 1, "lm_head": 1})
+    with strapfmt.capture(model, tmp_path / "x.strap", sites="blocks.*.resid_post", quiet=True):
+        hidden = model(IDS.cuda(), output_hidden_states=True).hidden_states[1]
+    found = Reader(tmp_path / "x.strap")["blocks.0.resid_post"].tensor()
+    assert torch.equal(found, hidden.flatten(0, 1).cpu())

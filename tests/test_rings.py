@@ -1,0 +1,305 @@
+"""Values on a device that works beside the host reach the host's ring whole and in order, in bounded memory."""
+
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from devices import PATIENCE_S, LateStream, LateStreams
+from models import tiny_model
+
+import strapfmt
+from strapfmt.errors import DrainError
+from strapfmt.schema import SiteSpec
+from strapfmt_capture import rings as rings_module
+from strapfmt_capture.accounts import CaptureReport
+from strapfmt_capture.device_ring import DeviceRing
+from strapfmt_capture.drain import Events, Item
+from strapfmt_capture.ring import Ring
+from strapfmt_capture.rings import Rings
+from strapfmt_capture.turn import Values
+
+SPEC = SiteSpec(name="s", dtype="uint8", shape=(1,), row_space="own")
+FIRST, SECOND = torch.device("cpu", 0), torch.device("cpu", 1)
+HOST = torch.device("cpu")
+
+
+def values_of(number: int, n_bytes: int, start: int) -> Values:
+    return Values(
+        spec=SPEC,
+        dtype=torch.uint8,
+        shape=(1,),
+        n_rows=n_bytes,
+        start=start,
+        rows=None,
+        token_row=None,
+        call=number,
+    )
+
+
+def put(rings: Rings, device: torch.device, number: int, n_bytes: int, stream: LateStream | None) -> bool:
+    """Fill a slot with the number, when the device gets to it, and scribble over its source's source afterwards."""
+    ring = rings.of(device)
+    slot = ring.reserve(n_bytes)
+    if slot is None:
+        return False
+    view = ring.view(slot.start, torch.uint8, (n_bytes,))
+    if stream is None:
+        view.fill_(number % 251)
+    else:
+        stream.launch(lambda: view.fill_(number % 251))
+    rings.put(ring, values_of(number, n_bytes, slot.start), slot)
+    return True
+
+
+class Consumer:
+    """What stands for the drain: takes everything, remembers it, and checks each byte before it gives it back."""
+
+    def __init__(self, ring: Ring[Item]) -> None:
+        self.ring = ring
+        self.seen: list[int | str] = []
+        self.wrong: list[int] = []
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while items := self.ring.take(1 << 20):
+            for item in items:
+                if isinstance(item, Values):
+                    view = self.ring.view(item.start, torch.uint8, (item.n_rows,))
+                    if not bool((view == item.call % 251).all()):
+                        self.wrong.append(item.call)
+                    self.seen.append(item.call)
+                elif isinstance(item, Events):
+                    self.seen.append(str(item.columns["row"]))
+            self.ring.release(self.ring.position)
+
+    def join(self) -> None:
+        self.ring.close()
+        self._thread.join(PATIENCE_S)
+        assert not self._thread.is_alive()
+
+
+def staged(
+    delay_s: float = 0.002, host: int = 1 << 16, gpu: int = 1 << 14
+) -> tuple[Rings, dict[Any, LateStreams]]:
+    known = {FIRST: LateStreams(1, delay_s), SECOND: LateStreams(2, delay_s)}
+    return Rings(Ring(host), gpu_ring_bytes=gpu, streams=known.get), known
+
+
+def event(number: int) -> Events:
+    return Events(columns={"row": [number]})
+
+
+def test_values_in_host_memory_go_straight_to_the_host_s_ring() -> None:
+    rings, known = staged()
+    assert rings.of(HOST) is rings.host
+    assert put(rings, HOST, 7, 100, None)
+    rings.finish()
+    assert (rings.devices, rings.is_pinned) == ({}, None)
+    assert [item.call for item in rings.host.take(1000) if isinstance(item, Values)] == [7]
+    assert not any(streams.is_pinned for streams in known.values())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_slots_are_reused_again_and_again_and_nothing_is_torn_or_out_of_order(seed: int) -> None:
+    rng = random.Random(seed)
+    rings, known = staged(delay_s=0.0005)
+    consumer = Consumer(rings.host)
+    expected: list[int | str] = []
+    for number in range(400):
+        device = rng.choice([FIRST, SECOND, HOST] if seed % 2 else [FIRST])
+        streams = known.get(device)
+        # Slots of up to a third of the device's ring: it is written over a hundred times.
+        assert put(rings, device, number, rng.randrange(1, 5000), streams.model if streams else None)
+        expected.append(number)
+        if rng.random() < 0.2:
+            rings.publish(event(number))
+            expected.append(str([number]))
+    rings.finish()
+    consumer.join()
+    assert consumer.wrong == []
+    assert consumer.seen == expected
+    assert all(ring.peak_bytes <= ring.n_bytes for ring in [rings.host, *rings.devices.values()])
+    assert all(ring.n_used == 0 for ring in rings.devices.values())
+
+
+def test_what_was_published_before_the_first_value_on_a_device_comes_first() -> None:
+    rings, known = staged()
+    consumer = Consumer(rings.host)
+    rings.publish(event(-1))
+    put(rings, HOST, 0, 10, None)
+    put(rings, FIRST, 1, 10, known[FIRST].model)
+    put(rings, HOST, 2, 10, None)
+    rings.publish(event(3))
+    rings.finish()
+    consumer.join()
+    assert consumer.seen == ["[-1]", 0, 1, 2, "[3]"]
+
+
+def test_a_change_of_the_stream_in_use_is_followed() -> None:
+    rings, known = staged()
+    slow = LateStream(random.Random(0), 0.05)
+    streams = known[FIRST]
+    consumer = Consumer(rings.host)
+    fast = streams.model
+    for number in range(20):
+        streams.model = slow if number % 3 == 0 else fast
+        put(rings, FIRST, number, 500, streams.model)
+    rings.finish()
+    consumer.join()
+    assert (consumer.wrong, consumer.seen) == ([], list(range(20)))
+
+
+def test_values_of_one_device_do_not_wait_for_ever_for_items_of_another() -> None:
+    rings, known = staged()
+    consumer = Consumer(rings.host)
+    put(rings, FIRST, 0, 10, known[FIRST].model)  # never followed by anything on this device
+    for number in range(1, 50):
+        put(rings, SECOND, number, 5000, known[SECOND].model)
+    rings.finish()
+    consumer.join()
+    assert consumer.seen == list(range(50))
+
+
+def test_neighbours_are_moved_together() -> None:
+    rings, known = staged(gpu=1 << 16, host=1 << 18)
+    consumer = Consumer(rings.host)
+    calls = 0
+    fetch = known[FIRST].fetch
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return fetch(*arguments)
+
+    known[FIRST].fetch = counted  # type: ignore[method-assign]
+    for number in range(200):
+        put(rings, FIRST, number, 64, None)
+    rings.finish()
+    consumer.join()
+    assert consumer.seen == list(range(200))
+    assert calls == 1
+
+
+def test_memory_is_locked_once_and_unlocked_at_the_end() -> None:
+    rings, known = staged()
+    consumer = Consumer(rings.host)
+    put(rings, FIRST, 0, 10, known[FIRST].model)
+    put(rings, SECOND, 1, 10, known[SECOND].model)
+    assert [known[FIRST].is_pinned, known[SECOND].is_pinned, rings.is_pinned] == [True, False, True]
+    rings.finish()
+    consumer.join()
+    rings.free()
+    assert not known[FIRST].is_pinned
+
+
+def test_memory_that_cannot_be_locked_is_told() -> None:
+    rings, known = staged()
+    consumer = Consumer(rings.host)
+
+    def refuse(memory: torch.Tensor) -> Callable[[], None]:
+        raise RuntimeError("too much")
+
+    known[FIRST].pin = refuse  # type: ignore[method-assign]
+    put(rings, FIRST, 0, 10, known[FIRST].model)
+    rings.finish()
+    consumer.join()
+    assert (consumer.seen, rings.is_pinned) == ([0], False)
+
+
+def test_a_failure_of_the_device_is_raised_where_the_user_waits_and_nobody_hangs() -> None:
+    rings, known = staged()
+    known[FIRST].failure = RuntimeError("device lost")
+    consumer = Consumer(rings.host)
+    n_put = 0
+    while n_put < 1000 and put(rings, FIRST, n_put, 5000, known[FIRST].model):
+        n_put += 1
+    assert n_put < 1000  # the ring gave up, and the model goes on
+    with pytest.raises(DrainError, match="RuntimeError: device lost"):
+        rings.check()
+    with pytest.raises(DrainError, match="device lost"):
+        rings.finish()
+    consumer.join()
+
+
+def test_a_drain_that_is_gone_ends_the_mover_and_the_model_does_not_wait() -> None:
+    rings, known = staged()
+    put(rings, FIRST, 0, 5000, known[FIRST].model)
+    rings.host.abort()
+    n_put = 0
+    while n_put < 1000 and put(rings, FIRST, n_put, 5000, known[FIRST].model):
+        n_put += 1
+    assert n_put < 1000
+    rings.finish()
+
+
+def test_a_slot_wider_than_the_smallest_ring_is_not_offered() -> None:
+    rings, _ = staged(host=4096, gpu=1 << 14)
+    assert rings.most_bytes == 4096
+    assert isinstance(rings.of(FIRST), DeviceRing)
+    assert rings.most_bytes == 4096
+    rings.abort()
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> LateStreams:
+    streams = LateStreams()
+    monkeypatch.setattr(rings_module, "streams_of", lambda device: streams)
+    return streams
+
+
+@pytest.mark.parametrize("gpu_ring_bytes", [4096, 1 << 20])
+def test_a_capture_through_a_device_s_ring_stores_the_same(
+    tmp_path: Path, late: LateStreams, monkeypatch: pytest.MonkeyPatch, gpu_ring_bytes: int
+) -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16, attn_implementation="eager")
+    ids = torch.arange(5, 29).reshape(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    sites = ["blocks.*.*", "logits"]
+
+    def run(path: Path) -> CaptureReport:
+        with strapfmt.capture(
+            model, path, sites=sites, quiet=True, gpu_ring_bytes=gpu_ring_bytes, stats=False
+        ) as cap:
+            model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+        return cap.report
+
+    report = run(tmp_path / "late.strap")
+    assert late.n_fetched > 0
+    assert late.is_pinned is False
+    assert report.n_dropped == 0
+    monkeypatch.undo()
+    run(tmp_path / "plain.strap")
+    with strapfmt.open(tmp_path / "late.strap") as got, strapfmt.open(tmp_path / "plain.strap") as wanted:
+        assert list(got.sites) == list(wanted.sites)
+        query = "SELECT * FROM tokens"
+        assert list(got.sql(query)) == list(wanted.sql(query))
+        for name, site in wanted.sites.items():
+            assert np.array_equal(got[name].rows, site.rows)
+            assert got[name].to_arrow().equals(site.to_arrow())
+
+
+def test_a_device_that_fails_in_a_capture_is_an_error_and_what_was_committed_stays(
+    tmp_path: Path, late: LateStreams
+) -> None:
+    model = tiny_model("llama")
+    path = tmp_path / "x.strap"
+    ids = torch.arange(5, 29).reshape(2, 12)
+    cap = strapfmt.capture(model, path, sites="blocks.*.resid_post", quiet=True)
+
+    def run() -> None:
+        with cap:
+            model(ids)
+            late.failure = RuntimeError("device lost")
+            for _ in range(10_000):
+                model(ids)
+
+    with pytest.raises(DrainError, match="device lost"):
+        run()
+    assert strapfmt.verify(path).valid
