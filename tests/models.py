@@ -26,6 +26,7 @@ _BASE: dict[str, Any] = {
 }
 _GATED: dict[str, Any] = {"intermediate_size": 48, "num_key_value_heads": 2}
 _EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_MAMBA: dict[str, Any] = {"state_size": 8, "expand": 2, "conv_kernel": 4, "time_step_rank": 4}
 
 _FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},
@@ -52,6 +53,22 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": _GATED,
     "starcoder2": _GATED,
     "smollm3": _GATED,
+    "olmoe": {**_GATED, "num_experts": 4, "num_experts_per_tok": 2},
+    "mamba": _MAMBA,
+    "mamba2": {**_MAMBA, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 4},
+    "falcon_mamba": _MAMBA,
+    "jamba": {
+        **_GATED,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": True,
+    },
 }
 FAMILIES: list[str] = list(_FAMILIES)
 
@@ -84,6 +101,17 @@ def tiny_model(
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
     model.generation_config.pad_token_id = PAD
     return model.to(dtype).eval()
+
+
+def hidden_states(model: PreTrainedModel, ids: torch.Tensor, output: Any) -> tuple[torch.Tensor, ...]:
+    """Return what enters every block, then what the final norm gives.
+
+    That is `output.hidden_states`, but for state-space models, which begin with what leaves the first block.
+    """
+    states: tuple[torch.Tensor, ...] = output.hidden_states
+    if "mamba" not in model.config.model_type:
+        return states
+    return (model.get_input_embeddings()(ids), *states[:-2], states[-1])
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import D_MODEL, FAMILIES, N_LAYERS, PAD, VOCAB_SIZE, tiny_model
+from models import D_MODEL, FAMILIES, N_LAYERS, PAD, VOCAB_SIZE, hidden_states, tiny_model
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from strapfmt.errors import ArgumentError, CaptureError, CompiledModelError, SiteNotFoundError
@@ -37,7 +37,7 @@ def read(
     def hook(point: HookPoint) -> Any:
         def run(module: torch.nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
             assert point.site not in values, "fired twice"
-            values[point.site] = point.read(args, kwargs, output).clone()
+            values[point.site] = point.read(args, kwargs, output, module).clone()
 
         return run
 
@@ -66,27 +66,34 @@ def test_uniform_sites_are_what_they_say(family: str, overrides: dict[str, Any])
         model, resolve(model, "**"), some_ids(), output_hidden_states=True, output_attentions=True
     )
     assert set(values) == set(hook_points(model)), "a site never fired"
-    stream = (2, 5, D_MODEL)
+    states = hidden_states(model, some_ids(), output)
+    stream, attentions = (2, 5, D_MODEL), iter(getattr(output, "attentions", ()))
     # hidden_states: the input of every block, and last the output of the final norm.
     for layer in range(N_LAYERS):
         at = {name: values.get(f"blocks.{layer}.{name}") for name in ("resid_pre", "resid_mid", "resid_post")}
-        added = {name: values[f"blocks.{layer}.{name}"].reshape(stream) for name in ("attn_out", "mlp_out")}
-        assert torch.equal(at["resid_pre"], output.hidden_states[layer])
+        outs = {name: values.get(f"blocks.{layer}.{name}") for name in ("attn_out", "mixer_out", "mlp_out")}
+        added = {name: out.reshape(stream) for name, out in outs.items() if out is not None}
+        mixed = added["mixer_out"] if "mixer_out" in added else added["attn_out"]
+        assert torch.equal(at["resid_pre"], states[layer])
         if layer + 1 < N_LAYERS:
-            assert torch.equal(at["resid_post"], output.hidden_states[layer + 1])
-        pattern = values[f"blocks.{layer}.attn_pattern"]
-        assert torch.equal(pattern, output.attentions[layer].transpose(1, 2))
-        assert pattern.shape == (2, 5, 4, 5)
-        torch.testing.assert_close(pattern.sum(-1), torch.ones(2, 5, 4))
+            assert torch.equal(at["resid_post"], states[layer + 1])
+        assert ("attn_out" in added) != ("mixer_out" in added)
+        if "attn_out" in added:
+            pattern = values[f"blocks.{layer}.attn_pattern"]
+            assert torch.equal(pattern, next(attentions).transpose(1, 2))
+            assert pattern.shape == (2, 5, 4, 5)
+            torch.testing.assert_close(pattern.sum(-1), torch.ones(2, 5, 4))
         if at["resid_mid"] is not None:
             middle = at["resid_mid"].reshape(stream)
-            assert torch.equal(at["resid_pre"] + added["attn_out"], middle)
+            assert torch.equal(at["resid_pre"] + mixed, middle)
             assert torch.equal(middle + added["mlp_out"], at["resid_post"])
+        elif "mlp_out" not in added:
+            assert torch.equal(at["resid_pre"] + mixed, at["resid_post"])
         else:
-            pre, attn, mlp = at["resid_pre"], added["attn_out"], added["mlp_out"]
+            pre, attn, mlp = at["resid_pre"], mixed, added["mlp_out"]
             sums = [pre + attn + mlp, attn + mlp + pre]
             assert any(torch.equal(found, at["resid_post"]) for found in sums)
-    assert torch.equal(values["final_norm"], output.hidden_states[-1])
+    assert torch.equal(values["final_norm"], states[-1])
     assert not torch.equal(values["final_norm"], values[f"blocks.{N_LAYERS - 1}.resid_post"])
     assert torch.equal(values["logits"], output.logits)
     weight = model.get_input_embeddings().weight
@@ -381,11 +388,13 @@ def test_the_listing_says_what_a_pass_really_gives(family: str) -> None:
     model = tiny_model(family, attn_implementation="eager", dtype=torch.bfloat16)
     listing = list_sites(model)
     ids = some_ids(1, 3)
-    values, _ = read(model, resolve(model, "**"), ids)
+    points = hook_points(model)
+    values, _ = read(model, list(points.values()), ids)
     known = {info.site: info for info in listing}
     for site, value in values.items():
         info = known[site]
         assert info.shape is not None, site
+        value = value[:, 0] if points[site].is_last else value
         row = value.reshape(3, *value.shape[2:]) if value.shape[:2] == (1, 3) else value
         assert [a for a, b in zip(row.shape[1:], info.shape, strict=True) if b not in (-1, a)] == [], site
         assert str(value.dtype) == f"torch.{info.dtype}"

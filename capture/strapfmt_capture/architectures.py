@@ -29,6 +29,10 @@ def _never(config: Any) -> bool:
     return False
 
 
+def _nothing(config: Any) -> tuple[str, ...]:
+    return ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """Where the sites of one decoder are.
@@ -47,13 +51,18 @@ class Architecture:
     final_norm : str
         The norm after the last block; it may be absent in a model.
     attn : str
-        The attention module; its second output is the attention pattern.
+        The attention module; its second output is the attention pattern. Empty where no block has one.
     attn_out, mlp_out : str
         The module whose output is **added to the residual stream**: the norm after the attention or the MLP
         where there is one (Gemma 2 and 3, OLMo 2), a linear layer where the module itself adds the stream
         (BLOOM), the module itself elsewhere. An empty `attn_out` means `attn`. Where a model drops out between
         the module and the sum without a module of its own for it (OPT, Phi), training shows the value before
-        the dropout.
+        the dropout. An empty `mlp_out` means that no block has an MLP.
+    mixer : str
+        The state-space module, in blocks that have one in place of attention; its output is added to the stream.
+    router, experts : str
+        In blocks that send tokens to some of many experts: the module that returns `(logits, weights, ids)` of the
+        choice, its rows flattened, and the one that takes `(hidden_states, ids, weights)` and returns the weighted sum.
     resid_mid : str
         The module whose *input* is the stream between attention and MLP; empty where the two run in parallel.
     resid_mid_if : callable
@@ -61,21 +70,33 @@ class Architecture:
     logits_after_head : callable
         Whether a config changes the head's output (soft-capping, a scale), so that `logits` is read from the
         output of the language model instead of the output of its head.
+    in_float32 : callable
+        The sites (without `blocks.N.`) that are float32 whatever the type of the weights; what enters the first block
+        is what the embedding gives. For listings only.
     """
 
     embed: str
     blocks: str
     final_norm: str
-    attn: str
+    attn: str = ""
     attn_out: str = ""
-    mlp_out: str
+    mlp_out: str = ""
+    mixer: str = ""
+    router: str = ""
+    experts: str = ""
     resid_mid: str = ""
     resid_mid_if: Callable[[Any], bool] = _always
     logits_after_head: Callable[[Any], bool] = _never
+    in_float32: Callable[[Any], tuple[str, ...]] = _nothing
 
 
 def _soft_capped(config: Any) -> bool:
     return getattr(config, "final_logit_softcapping", None) is not None
+
+
+def _float32_of_mamba(config: Any) -> tuple[str, ...]:
+    stream = ("resid_pre", "resid_post", "final_norm") if config.residual_in_fp32 else ()
+    return (*stream, "ssm_state", "logits")
 
 
 _LLAMA = Architecture(
@@ -92,6 +113,15 @@ _GEMMA2 = replace(
     mlp_out="post_feedforward_layernorm",
     resid_mid="pre_feedforward_layernorm",
     logits_after_head=_soft_capped,
+)
+_MOE = replace(_LLAMA, router="mlp.gate", experts="mlp.experts")
+_MAMBA = Architecture(
+    embed="embeddings",
+    blocks="layers",
+    final_norm="norm_f",
+    mixer="mixer",
+    logits_after_head=_always,
+    in_float32=_float32_of_mamba,
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -114,6 +144,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         resid_mid="post_attention_layernorm",
         resid_mid_if=lambda config: not (config.parallel_attn or config.new_decoder_architecture),
     ),
+    "falcon_mamba": _MAMBA,
     "gemma": _LLAMA,
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
@@ -131,13 +162,26 @@ ARCHITECTURES: dict[str, Architecture] = {
         resid_mid_if=lambda config: not config.use_parallel_residual,
     ),
     "gptj": Architecture(embed="wte", blocks="h", final_norm="ln_f", attn="attn", mlp_out="mlp"),
+    "jamba": replace(
+        _LLAMA,
+        final_norm="final_layernorm",
+        mlp_out="feed_forward",
+        mixer="mamba",
+        router="feed_forward.router",
+        experts="feed_forward.experts",
+        resid_mid="pre_ff_layernorm",
+        in_float32=lambda config: ("ssm_state",),
+    ),
     "llama": _LLAMA,
+    "mamba": _MAMBA,
+    "mamba2": _MAMBA,
     "mistral": _LLAMA,
-    "mixtral": _LLAMA,
+    "mixtral": replace(_MOE, in_float32=lambda config: ("expert_weights",)),
     "olmo": _LLAMA,
     "olmo2": replace(
         _LLAMA, attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm", resid_mid="mlp"
     ),
+    "olmoe": _MOE,
     "opt": Architecture(
         embed="embed_tokens",
         blocks="layers",
@@ -150,9 +194,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi": replace(_LLAMA, final_norm="final_layernorm", resid_mid=""),
     "phi3": replace(_LLAMA, attn_out="resid_attn_dropout", mlp_out="resid_mlp_dropout"),
     "qwen2": _LLAMA,
-    "qwen2_moe": _LLAMA,
+    "qwen2_moe": _MOE,
     "qwen3": _LLAMA,
-    "qwen3_moe": _LLAMA,
+    "qwen3_moe": _MOE,
     "smollm3": _LLAMA,
     "stablelm": replace(
         _LLAMA, mlp_out="dropout", resid_mid_if=lambda config: not config.use_parallel_residual

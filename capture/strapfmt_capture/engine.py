@@ -49,11 +49,14 @@ class Options:
     batch_bytes: int
     shard_bytes: int
     commit_interval_s: float
+    top_k_logits: int | None = None
 
     def __post_init__(self) -> None:
         get_codec(self.codec)
         if self.rank is not None:
             object.__setattr__(self, "rank", as_integer("rank", self.rank, least=0))
+        if self.top_k_logits is not None:
+            object.__setattr__(self, "top_k_logits", as_integer("top_k_logits", self.top_k_logits, least=1))
         if self.on_full not in _ON_FULL:
             raise ArgumentError(f"on_full: expected one of {', '.join(_ON_FULL)}; got {self.on_full!r}")
         for name in ("host_ring_bytes", "gpu_ring_bytes", "batch_bytes", "shard_bytes"):

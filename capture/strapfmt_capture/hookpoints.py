@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from strapfmt.errors import CaptureError
+from strapfmt.errors import ArgumentError, CaptureError
 from strapfmt_capture.architectures import ARCHITECTURES, HEADS, Architecture
+from strapfmt_capture.computed import Computation, TopK, expert_out, ssm_state
 
-__all__ = ["EAGER_ADVICE", "Decoder", "HookPoint", "find_decoder", "find_decoders", "hook_points"]
+__all__ = [
+    "EAGER_ADVICE",
+    "TOP_SITES",
+    "Decoder",
+    "HookPoint",
+    "find_decoder",
+    "find_decoders",
+    "hook_points",
+]
+
+#: What `logits` are stored as where the largest only are wanted.
+TOP_SITES = ("logits.top_values", "logits.top_ids")
 
 EAGER_ADVICE = (
     'the attention pattern exists only with eager attention: load the model with attn_implementation="eager"'
 )
+_CACHE_ADVICE = "states are read from the cache: call the model with use_cache=True, in eval mode"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +50,14 @@ class HookPoint:
         The name of the value among keyword arguments (`in`) or in a mapping output (`out`), where it has one.
     heads_first : bool
         The module gives `[sequence, head, query, key]`; `read` turns it to `[sequence, query, head, key]`.
+    is_flat : bool
+        The module gives the tokens of all sequences in one dimension, `[n_sequences * n_query, *]`.
+    is_last : bool
+        There is one value a sequence, `[n_sequences, 1, *]`, which belongs to the last place of the pass.
+    compute : callable or None
+        Makes the value, where the module does not return it: see `computed`.
+    advice : str
+        What to do where there is no tensor.
     """
 
     site: str
@@ -45,6 +66,10 @@ class HookPoint:
     index: int | None = None
     kwarg: str | None = None
     heads_first: bool = False
+    is_flat: bool = False
+    is_last: bool = False
+    compute: Computation | None = None
+    advice: str = "take a module inside it, or around it, that has a tensor"
 
     @property
     def hook_point(self) -> str:
@@ -56,13 +81,27 @@ class HookPoint:
         """Whether the site has a name of its own, the same in every architecture, and not its module's."""
         return self.site not in (self.module_path, self.hook_point)
 
-    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any = None) -> torch.Tensor:
+    def read(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any = None,
+        module: torch.nn.Module | None = None,
+    ) -> torch.Tensor:
         """Return the tensor of this site from the arguments and the output of one call of the module.
+
+        Parameters
+        ----------
+        args, kwargs, output
+            Of the call. Of an output, `kwargs` are needed only for what is computed.
+        module : torch.nn.Module, optional
+            The module that was called; needed for what is computed.
 
         Returns
         -------
         torch.Tensor
-            The module's own tensor (or a view of it), not a copy: the model may still change it in place.
+            The module's own tensor (or a view of it), not a copy, unless it is computed: the model may still change it
+            in place.
 
         Raises
         ------
@@ -70,10 +109,14 @@ class HookPoint:
             If there is no tensor at this place in this call.
         """
         value = self._input(args, kwargs) if self.where == "in" else self._output(output)
+        if self.compute is not None:
+            assert module is not None
+            value = self.compute(value, module, args, kwargs)
         if not isinstance(value, torch.Tensor):
             returned = f"returned {_kind(output)}"
             called = f"was called with {_kind(args)} and {_kind(kwargs)}"
-            raise CaptureError(self._complaint(called if self.where == "in" else returned))
+            is_of_call = self.where == "in" or self.compute is not None
+            raise CaptureError(self._complaint(called if is_of_call else returned))
         return value.transpose(1, 2) if self.heads_first else value
 
     def _input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -91,10 +134,7 @@ class HookPoint:
         return output[self.index] if self.index < len(output) else None
 
     def _complaint(self, found: str) -> str:
-        advice = (
-            EAGER_ADVICE if self.heads_first else "take a module inside it, or around it, that has a tensor"
-        )
-        return f"site {self.site!r} at {self.hook_point}: expected a tensor, but the module {found}; {advice}"
+        return f"site {self.site!r} at {self.hook_point}: expected a tensor, but the module {found}; {self.advice}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +198,7 @@ def find_decoders(model: torch.nn.Module) -> Iterator[Decoder]:
         yield Decoder(path=path, module=module, architecture=architecture, head=head, language_model=owner)
 
 
-def hook_points(model: torch.nn.Module) -> dict[str, HookPoint]:
+def hook_points(model: torch.nn.Module, *, top_k_logits: int | None = None) -> dict[str, HookPoint]:
     """Return the hook point of every uniform site of `model`, in the order a forward pass reaches them.
 
     The sites, the same in every architecture (`N` is the block, counted from 0):
@@ -171,13 +211,31 @@ def hook_points(model: torch.nn.Module) -> dict[str, HookPoint]:
     - `blocks.N.attn_out`, `blocks.N.mlp_out`: what is added to the stream, so after a norm that follows the
       attention or the MLP (Gemma 2 and 3, OLMo 2).
     - `blocks.N.attn_pattern`: attention probabilities, `(heads, keys)` per token; eager attention only.
+    - `blocks.N.mixer_out`: what a state-space module adds to the stream.
+    - `blocks.N.ssm_state`: its recurrent state after the pass, in the row of the last token of each sequence.
+    - `blocks.N.router_logits`: `(experts,)` per token, before any softmax.
+    - `blocks.N.expert_weights`, `blocks.N.expert_ids`: `(k,)` per token, which experts it is sent to and what their
+      outputs are multiplied by.
+    - `blocks.N.expert_out`: `(k, d_model)` per token, the output of each of them before that, in the order of
+      `expert_ids`; computed once more, see `computed.expert_out`.
     - `final_norm`: output of the norm after the last block.
     - `logits`: what the model returns, after soft-capping or scaling where there is any.
+    - `logits.top_values`, `logits.top_ids`: `(top_k_logits,)` per token, only where that is given.
 
     Empty for a model of no known architecture, where module paths are the sites.
+
+    Raises
+    ------
+    ArgumentError
+        If `top_k_logits` is more than the vocabulary has.
     """
     decoder = find_decoder(model)
-    return {} if decoder is None else {point.site: point for point in _uniform(decoder)}
+    if decoder is None:
+        return {}
+    points = {point.site: point for point in _uniform(decoder)}
+    if top_k_logits is not None and "logits" in points:
+        points |= {point.site: point for point in _largest(points["logits"], decoder, top_k_logits)}
+    return points
 
 
 def _uniform(decoder: Decoder) -> Iterator[HookPoint]:
@@ -196,10 +254,25 @@ def _uniform(decoder: Decoder) -> Iterator[HookPoint]:
         yield point(f"{name}.resid_pre", path, "in", kwarg="hidden_states")
         if _child(block, architecture.attn) is not None:
             attn_out = architecture.attn_out or architecture.attn
-            yield point(f"{name}.attn_pattern", _join(path, architecture.attn), index=1, heads_first=True)
+            yield point(
+                f"{name}.attn_pattern",
+                _join(path, architecture.attn),
+                index=1,
+                heads_first=True,
+                advice=EAGER_ADVICE,
+            )
             yield point(f"{name}.attn_out", _join(path, attn_out))
+        if _child(block, architecture.mixer) is not None:
+            mixer = _join(path, architecture.mixer)
+            yield point(f"{name}.ssm_state", mixer, is_last=True, compute=ssm_state, advice=_CACHE_ADVICE)
+            yield point(f"{name}.mixer_out", mixer)
         if architecture.resid_mid and architecture.resid_mid_if(decoder.config):
             yield point(f"{name}.resid_mid", _join(path, architecture.resid_mid), "in")
+        if _child(block, architecture.router) is not None:
+            router, experts = _join(path, architecture.router), _join(path, architecture.experts)
+            for index, what in enumerate(("router_logits", "expert_weights", "expert_ids")):
+                yield point(f"{name}.{what}", router, index=index, is_flat=True)
+            yield point(f"{name}.expert_out", experts, is_flat=True, compute=expert_out)
         if _child(block, architecture.mlp_out) is not None:
             yield point(f"{name}.mlp_out", _join(path, architecture.mlp_out))
         yield point(f"{name}.resid_post", path)
@@ -209,6 +282,17 @@ def _uniform(decoder: Decoder) -> Iterator[HookPoint]:
         whole = architecture.logits_after_head(decoder.config)
         path = decoder.language_model if whole else decoder.head
         yield HookPoint(site="logits", module_path=path, where="out", kwarg="logits" if whole else None)
+
+
+def _largest(logits: HookPoint, decoder: Decoder, k: int) -> Iterator[HookPoint]:
+    """Hook points of the largest logits only."""
+    if k > decoder.config.vocab_size:
+        raise ArgumentError(
+            f"top_k_logits: expected at most {decoder.config.vocab_size}, the size of the vocabulary; got {k}"
+        )
+    values, ids = TOP_SITES
+    yield replace(logits, site=values, compute=TopK(k, "values"))
+    yield replace(logits, site=ids, compute=TopK(k, "ids"))
 
 
 def _first_tensor(values: Sequence[Any]) -> Any:

@@ -26,6 +26,7 @@ import torch
 
 from strapfmt.errors import CaptureError
 from strapfmt.schema import SiteSpec
+from strapfmt_capture.computed import is_computing
 from strapfmt_capture.drain import Drain
 from strapfmt_capture.eager import check_runs_eagerly, is_repetition
 from strapfmt_capture.hookpoints import HookPoint
@@ -106,7 +107,9 @@ class Hooks:
         known: Mapping[str, SiteSpec],
     ) -> None:
         at_head = set(heads)
-        self.taps = [Tap(point=point, is_head=point.module_path in at_head) for point in points]
+        self.taps = [
+            Tap(point=point, is_head=point.is_last or point.module_path in at_head) for point in points
+        ]
         self.devices: set[torch.device] = set()
         #: The passes of the model, counted.
         self.steps = Steps(
@@ -142,6 +145,8 @@ class Hooks:
                 module = model.get_submodule(tap.point.module_path)
                 if tap.point.where == "in":
                     handle = module.register_forward_pre_hook(partial(self.on_input, tap), with_kwargs=True)
+                elif tap.point.compute is not None:
+                    handle = module.register_forward_hook(partial(self.on_call, tap), with_kwargs=True)
                 else:
                     handle = module.register_forward_hook(partial(self.on_output, tap))
                 handles.callback(handle.remove)
@@ -171,17 +176,25 @@ class Hooks:
         self, tap: Tap, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Run before a module whose input is a site."""
-        self._fire(tap, args, kwargs, None)
+        self._fire(tap, module, args, kwargs, None)
 
     def on_output(self, tap: Tap, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Run after a module whose output is a site."""
-        self._fire(tap, args, _NO_KWARGS, output)
+        self._fire(tap, module, args, _NO_KWARGS, output)
+
+    def on_call(
+        self, tap: Tap, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Run after a module of whose call a site is computed."""
+        self._fire(tap, module, args, kwargs, output)
 
     # Sites.
 
-    def _fire(self, tap: Tap, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _fire(
+        self, tap: Tap, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         check_runs_eagerly()
-        if self._is_over:
+        if self._is_over or is_computing():
             return
         with self._producing:
             open_step = self.steps.current()
@@ -192,18 +205,21 @@ class Hooks:
                     f"site {tap.point.site!r} at {tap.point.hook_point} fired outside a forward pass of the captured "
                     "model; call that model itself (not its forward method, and not a part of it), or capture the part"
                 )
-            self._take(tap, tap.point.read(args, kwargs, output), open_step)
+            self._take(tap, tap.point.read(args, kwargs, output, module), open_step)
 
     def _take(self, tap: Tap, x: torch.Tensor, open_step: OpenStep) -> None:
         """Store `x`, what the site gave in a step, however it came here."""
-        layout = tap.layout or self._declare(tap, x, open_step)
+        if tap.point.is_flat:
+            x = _unflattened(x, open_step)
+        chosen = _last(open_step) if tap.point.is_last else open_step.chosen
+        layout = tap.layout or self._declare(tap, x, chosen, open_step)
         if layout.heads_first:
             x = layout.turned(x)
         is_whole = x.dtype is layout.dtype and x.shape == open_step.batch + layout.shape
-        if is_whole and layout.ndim is None and (open_step.chosen is None or not layout.is_head):
+        if is_whole and layout.ndim is None and (chosen is None or not layout.is_head):
             placed = open_step.whole
         else:
-            placed = layout.place(x, open_step.step, open_step.chosen)
+            placed = layout.place(x, open_step.step, chosen)
         self._store(tap, layout, x, placed, open_step)
 
     def _store(
@@ -237,7 +253,9 @@ class Hooks:
                 is_own = tap.layout is not None and tap.layout.ndim is not None
                 tap.n_missed += tap.last_step != step.step and not is_own
 
-    def _declare(self, tap: Tap, x: torch.Tensor, open_step: OpenStep) -> Layout:
+    def _declare(
+        self, tap: Tap, x: torch.Tensor, chosen: npt.NDArray[np.int64] | None, open_step: OpenStep
+    ) -> Layout:
         tap.layout = declare(
             tap.point,
             x,
@@ -246,7 +264,7 @@ class Hooks:
             codec=self._codec,
             statistics=self._statistics,
             known=self._known.get(tap.point.site),
-            chosen=open_step.chosen,
+            chosen=chosen,
         )
         self.devices.add(x.device)
         self._rings.publish(tap.layout.spec)
@@ -303,6 +321,18 @@ class Hooks:
             call=call,
         )
         self._rings.put(ring, values, slot)
+
+
+def _unflattened(x: torch.Tensor, open_step: OpenStep) -> torch.Tensor:
+    """Return `[n_sequences * n_query, *]` as `[n_sequences, n_query, *]`; what is not that stays as it is."""
+    is_of_tokens = open_step.step.is_language and x.shape[:1] == (math.prod(open_step.batch),)
+    return x.reshape(*open_step.batch, *x.shape[1:]) if is_of_tokens else x
+
+
+def _last(open_step: OpenStep) -> npt.NDArray[np.int64] | None:
+    """Return the last position of the pass; None if it has no other."""
+    step = open_step.step
+    return np.array([step.n_query - 1]) if step.is_language and step.n_query > 1 else None
 
 
 def _gather(flat: torch.Tensor, index: torch.Tensor | None, part: slice, out: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from typing import overload
 
 import torch
 
+from strapfmt_capture.computed import TopK
 from strapfmt_capture.hookpoints import Decoder, HookPoint, find_decoder, hook_points
 
 __all__ = ["SiteInfo", "SiteListing", "describe"]
@@ -100,41 +101,71 @@ def describe(model: torch.nn.Module, points: Iterable[HookPoint]) -> list[SiteIn
     """
     decoder = find_decoder(model)
     modules = dict(model.named_modules())
-    uniform = {point.hook_point: point.site for point in hook_points(model).values() if not point.heads_first}
+    uniform = {point.hook_point: point for point in hook_points(model).values() if _is_first_output(point)}
     return [_info(point, modules[point.module_path], decoder, uniform) for point in points]
 
 
+def _is_first_output(point: HookPoint) -> bool:
+    """Whether a site holds what its module's path stands for as well."""
+    return not point.heads_first and point.compute is None and point.index in (None, 0)
+
+
 def _info(
-    point: HookPoint, module: torch.nn.Module, decoder: Decoder | None, uniform: dict[str, str]
+    point: HookPoint, module: torch.nn.Module, decoder: Decoder | None, uniform: dict[str, HookPoint]
 ) -> SiteInfo:
-    site = point.site if point.heads_first else uniform.get(point.hook_point)
-    if decoder is not None and (site or point.module_path.endswith("." + decoder.architecture.attn)):
-        shape, dtype = _uniform_shape(site or "attn_out", decoder), _dtype(decoder.module)
+    known = point if point.is_uniform else uniform.get(point.hook_point)
+    if decoder is not None and known is not None:
+        shape, dtype = _uniform_shape(known, module, decoder), _uniform_dtype(known, decoder)
+    elif decoder is not None and point.module_path.endswith("." + decoder.architecture.attn):
+        shape, dtype = (decoder.config.hidden_size,), _dtype(decoder.module)
     else:
         shape, dtype = _module_shape(module, point.where), _dtype(module)
-    known = shape is not None and dtype is not None and -1 not in shape
+    is_fixed = shape is not None and dtype is not None and -1 not in shape
     return SiteInfo(
         site=point.site,
         module_path=point.module_path,
         hook_point=point.hook_point,
         shape=shape,
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-        bytes_per_token=math.prod(shape) * dtype.itemsize if known and shape and dtype else None,
+        bytes_per_token=math.prod(shape) * dtype.itemsize if is_fixed and shape and dtype else None,
     )
 
 
-def _uniform_shape(site: str, decoder: Decoder) -> tuple[int, ...] | None:
+def _uniform_shape(point: HookPoint, module: torch.nn.Module, decoder: Decoder) -> tuple[int, ...] | None:
     """Shape of one token at a uniform site."""
+    if isinstance(point.compute, TopK):
+        return (point.compute.k,)
     config = decoder.config
-    if site.endswith(".attn_pattern"):
-        return (config.num_attention_heads, -1)
-    if site in ("embed", "logits"):
-        path = decoder.architecture.embed
-        weight = getattr(decoder.module.get_submodule(path), "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
-            return None
-        return (weight.shape[1],) if site == "embed" else (config.vocab_size,)
+    match point.site.rpartition(".")[2]:
+        case "attn_pattern":
+            return (config.num_attention_heads, -1)
+        case "router_logits":
+            return tuple(module.get_parameter("weight").shape[:1])
+        case "expert_weights" | "expert_ids":
+            return (config.num_experts_per_tok,)
+        case "expert_out":
+            return (config.num_experts_per_tok, config.hidden_size)
+        case "ssm_state":
+            heads = (module.num_heads, module.head_dim) if hasattr(module, "num_heads") else None
+            return (*(heads or (module.intermediate_size,)), module.ssm_state_size)
+        case "embed" | "logits" as site:
+            weight = getattr(decoder.module.get_submodule(decoder.architecture.embed), "weight", None)
+            if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+                return None
+            return (weight.shape[1],) if site == "embed" else (config.vocab_size,)
     return (config.hidden_size,)
+
+
+def _uniform_dtype(point: HookPoint, decoder: Decoder) -> torch.dtype | None:
+    """Element type at a uniform site."""
+    kind = point.site.rpartition(".")[2]
+    if kind in ("expert_ids", "top_ids"):
+        return torch.int64
+    kind = "logits" if kind == "top_values" else kind
+    is_float32 = (
+        kind in decoder.architecture.in_float32(decoder.config) and point.site != "blocks.0.resid_pre"
+    )
+    return torch.float32 if is_float32 else _dtype(decoder.module)
 
 
 def _module_shape(module: torch.nn.Module, where: str) -> tuple[int, ...] | None:

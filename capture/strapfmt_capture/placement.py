@@ -207,7 +207,8 @@ def declare(
             f"site {point.site!r} at {point.hook_point}: expected a plain dense tensor with values, found "
             f"a {type(x).__name__} ({x.layout}, on {x.device}); leave this site out"
         )
-    heads_first = not point.heads_first and _is_heads_first(point, x, step)
+    is_known = point.heads_first or point.is_flat or point.is_last
+    heads_first = not is_known and _is_heads_first(point, x, step)
     x = x.transpose(1, 2) if heads_first else x
     lead = _token_dimensions(x, step, chosen, is_head=is_head)
     if not lead and step.is_language and point.is_uniform:

@@ -39,6 +39,7 @@ def capture(
     *,
     sites: str | Iterable[str],
     tokenizer: Any = None,
+    top_k_logits: int | None = None,
     codec: str = "none",
     on_full: OnFull = "block",
     stats: bool | Collection[str] = True,
@@ -73,6 +74,9 @@ def capture(
         Site names and module paths, with wildcards; `strapfmt.sites(model)` lists them.
     tokenizer : object, optional
         Turns token ids into text for the `tokens` and `sequences` tables; what it cannot decode is stored as null.
+    top_k_logits : int, optional
+        Of `logits`, store the largest of each token only, found where the model runs: `logits.top_values` (`[k]`, as
+        the model gives them) and `logits.top_ids` (`[k]`, int64). None: `logits` whole.
     codec : str
         "none", "lz4" or "zstd".
     on_full : {"block", "drop", "raise"}
@@ -134,6 +138,7 @@ def capture(
         batch_bytes=batch_bytes,
         shard_bytes=shard_bytes,
         commit_interval_s=commit_interval_s,
+        top_k_logits=top_k_logits,
     )
     check_model(model)
     check_tokenizer(tokenizer)
@@ -181,7 +186,8 @@ class Capture:
         )  # for the writer: the process may change its directory before it is entered
         self._model, self._options, self._tokenizer, self._tags = model, options, tokenizer, tags
         patterns = as_patterns(sites)
-        self._points, self._remarks = resolve(model, patterns), remarks(model, patterns)
+        self._points = resolve(model, patterns, top_k_logits=options.top_k_logits)
+        self._remarks = remarks(model, patterns)
         if options.mode == "append":
             check_appended(path, options.rank, self._points, options.codec, options.stats)
         self._row_modules = row_modules(model)

@@ -16,7 +16,14 @@ import torch
 
 from strapfmt.errors import ArgumentError, CaptureError, CompiledModelError, SiteNotFoundError
 from strapfmt_capture.arguments import check_model
-from strapfmt_capture.hookpoints import EAGER_ADVICE, HookPoint, find_decoder, find_decoders, hook_points
+from strapfmt_capture.hookpoints import (
+    EAGER_ADVICE,
+    TOP_SITES,
+    HookPoint,
+    find_decoder,
+    find_decoders,
+    hook_points,
+)
 from strapfmt_capture.listing import SiteInfo, SiteListing, describe
 
 __all__ = [
@@ -34,7 +41,9 @@ __all__ = [
 ]
 
 
-def resolve(model: torch.nn.Module, patterns: str | Iterable[str]) -> list[HookPoint]:
+def resolve(
+    model: torch.nn.Module, patterns: str | Iterable[str], *, top_k_logits: int | None = None
+) -> list[HookPoint]:
     """Find the hook points that `patterns` ask for; nothing is attached to the model.
 
     Parameters
@@ -43,6 +52,8 @@ def resolve(model: torch.nn.Module, patterns: str | Iterable[str]) -> list[HookP
         Any module.
     patterns : str or iterable of str
         Site names and module paths, see the module's documentation.
+    top_k_logits : int, optional
+        `logits` then stands for `logits.top_values` and `logits.top_ids`, of so many tokens.
 
     Returns
     -------
@@ -58,15 +69,17 @@ def resolve(model: torch.nn.Module, patterns: str | Iterable[str]) -> list[HookP
         If only attention patterns are asked for and the model does not compute any; a wider pattern
         (`blocks.0.*`) leaves them out instead.
     ArgumentError
-        If there are no patterns.
+        If there are no patterns, or `top_k_logits` does not go with them.
     """
     wanted = as_patterns(patterns)
-    uniform = hook_points(model)
+    uniform = hook_points(model, top_k_logits=top_k_logits)
     paths = [path for path, _ in model.named_modules() if path]
     found: dict[str, HookPoint] = {}
     for pattern in wanted:
         for point in _match(model, pattern, uniform, paths):
             found[point.site] = point
+    if top_k_logits is not None:
+        found = _largest_only(found, uniform)
     order = {site: number for number, site in enumerate(uniform)}
     place = {path: number for number, path in enumerate(paths, len(order))}
     return sorted(found.values(), key=lambda point: order.get(point.site, place.get(point.module_path, -1)))
@@ -179,6 +192,10 @@ def _match(
         return [uniform[site] for site in _without_patterns(model, pattern, sites)]
     path_pattern, _, where = pattern.partition(":")
     matches = _matching(path_pattern, paths) if where in ("", "in", "out") else []
+    if not matches and pattern in TOP_SITES:
+        raise ArgumentError(
+            f"sites: {pattern!r} exists only with top_k_logits, which says how many; got none"
+        )
     if not matches:
         raise _not_found(model, pattern, uniform, paths)
     suffix = ":in" if where == "in" else ""
@@ -186,6 +203,17 @@ def _match(
     return [
         HookPoint(site=path + suffix, module_path=path, where=where or "out", kwarg=kwarg) for path in matches
     ]
+
+
+def _largest_only(found: dict[str, HookPoint], uniform: Mapping[str, HookPoint]) -> dict[str, HookPoint]:
+    """Take the largest logits where logits are asked for."""
+    if found.pop("logits", None) is not None:
+        found |= {site: uniform[site] for site in TOP_SITES}
+    if not any(site in found for site in TOP_SITES):
+        raise ArgumentError(
+            "top_k_logits: expected 'logits' among the sites, whose largest it keeps; got none"
+        )
+    return found
 
 
 def _without_patterns(model: torch.nn.Module, pattern: str, sites: list[str]) -> list[str]:
