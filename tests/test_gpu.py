@@ -53,6 +53,42 @@ def test_rows_of_generation_on_a_gpu_are_those_on_the_host(tmp_path: Path) -> No
     torch.testing.assert_close(tables[0][1], tables[1][1], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_experts_on_a_gpu_have_the_bits_that_their_sum_is_made_of(
+    tmp_path: Path, implementation: str
+) -> None:
+    model = tiny_model("qwen3_moe", dtype=torch.bfloat16, experts_implementation=implementation).cuda()
+    inputs, sums = padded(), []
+    handle = model.model.layers[0].mlp.experts.register_forward_hook(lambda _, args, out: sums.append(out))
+    with (
+        strapfmt.capture(model, tmp_path / "x.strap", sites="blocks.0.expert_*", quiet=True),
+        torch.no_grad(),
+    ):
+        model(**inputs)
+    handle.remove()
+    reader = Reader(tmp_path / "x.strap")
+    out, weights = (reader[f"blocks.0.{name}"].tensor().cuda() for name in ("expert_out", "expert_weights"))
+    weighted = out * weights[..., None]
+    total = weighted[:, 0] + weighted[:, 1] if implementation == "eager" else weighted.sum(1)
+    assert torch.equal(total, sums[0][inputs["attention_mask"].bool().flatten()])
+
+
+def test_states_and_the_largest_logits_on_a_gpu(tmp_path: Path) -> None:
+    model, inputs = tiny_model("mamba").cuda(), padded()
+    sites = ["blocks.*.ssm_state", "logits"]
+    with (
+        strapfmt.capture(model, tmp_path / "x.strap", sites=sites, top_k_logits=3, quiet=True),
+        torch.no_grad(),
+    ):
+        output = model(**inputs)
+    reader = Reader(tmp_path / "x.strap")
+    state = output.cache_params.layers[1].recurrent_states[0]
+    assert torch.equal(reader["blocks.1.ssm_state"].tensor(), state.cpu())
+    values, ids = output.logits[inputs["attention_mask"].bool()].topk(3)
+    assert torch.equal(reader["logits.top_values"].tensor(), values.cpu())
+    assert torch.equal(reader["logits.top_ids"].tensor(), ids.cpu())
+
+
 def test_a_ring_on_the_gpu_is_reused_a_hundred_thousand_times_without_a_torn_slot() -> None:
     rings = Rings(Ring[Item](8 << 20), gpu_ring_bytes=2 << 20)
     device = torch.device("cuda", torch.cuda.current_device())

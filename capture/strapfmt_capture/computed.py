@@ -51,7 +51,8 @@ def expert_out(
     hidden, index, weights = inspect.signature(module.forward).bind(*args, **kwargs).args[:3]
     n, k = index.shape
     # The plain implementation goes through its tokens choice by choice, the others token by token.
-    is_plain = getattr(module.config, "_experts_implementation", "eager") == "eager"
+    config = getattr(module, "config", None)
+    is_plain = getattr(config, "_experts_implementation", "eager") == "eager"
     repeated = hidden.repeat(k, 1) if is_plain else hidden.repeat_interleave(k, dim=0)
     index = (index.T if is_plain else index).reshape(-1, 1)
     _computing.is_on = True
@@ -60,7 +61,8 @@ def expert_out(
             out: torch.Tensor = module.forward(repeated, index, weights.new_ones(n * k, 1))
     finally:
         _computing.is_on = False
-    return out.reshape(k, n, -1).transpose(0, 1) if is_plain else out.reshape(n, k, -1)
+    d_model = out.shape[-1]
+    return out.reshape(k, n, d_model).transpose(0, 1) if is_plain else out.reshape(n, k, d_model)
 
 
 def ssm_state(
