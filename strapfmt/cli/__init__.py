@@ -1,4 +1,4 @@
-"""The command line: `strapfmt demo | capture | info | head | sql | verify | repair | stats`.
+"""The command line: `strapfmt demo | capture | doctor | info | head | sql | verify | repair | stats`.
 
 Commands import what they need when they run, so that `strapfmt --help` answers at once.
 """
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from strapfmt.cli import capturing, checking, demo, reading, summaries
+from strapfmt.cli import capturing, checking, demo, doctor, reading, summaries
 from strapfmt.cli.app import Command, app
 from strapfmt.cli.output import told
 from strapfmt.errors import StrapfmtError
@@ -17,6 +17,7 @@ __all__ = ["app", "main"]
 for _command in (
     demo.demo,
     capturing.capture,
+    doctor.doctor,
     summaries.info,
     reading.head,
     reading.sql,
