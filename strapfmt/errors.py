@@ -23,6 +23,7 @@
     └── CaptureError (RuntimeError)
         ├── SiteNeverFiredError               a requested site produced nothing
         ├── CompiledModelError                hooks are silent under torch.compile
+        ├── StoppedPassError (AttributeError) logits of a pass that `stop_at_layer` has ended were asked for
         ├── RingFullError                     `on_full="raise"` and the ring is full
         └── DrainError                        the writing side failed; the cause is chained
 """
@@ -48,6 +49,7 @@ __all__ = [
     "RowNotFoundError",
     "SiteNeverFiredError",
     "SiteNotFoundError",
+    "StoppedPassError",
     "StrapfmtError",
     "UnsupportedError",
     "ViewError",
@@ -191,6 +193,10 @@ class SiteNeverFiredError(CaptureError):
 
 class CompiledModelError(CaptureError):
     """The model is compiled, where hooks would be silent."""
+
+
+class StoppedPassError(CaptureError, AttributeError):
+    """What a forward pass would have returned was asked for, and `stop_at_layer` has ended it before that."""
 
 
 class RingFullError(CaptureError):

@@ -33,6 +33,7 @@ PUBLIC = [
     "RowNotFoundError",
     "SiteNeverFiredError",
     "SiteNotFoundError",
+    "StoppedPassError",
     "StrapfmtError",
     "UnsupportedError",
     "ViewError",

@@ -49,7 +49,10 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteAccount:
-    """One site: what it holds (None until it fires), what became of its rows, and the passes in which it had none."""
+    """One site: what it holds (None until it fires), what became of its rows, and the passes in which it had none.
+
+    `filtered` rows are those that were not asked for; `expected` are the others.
+    """
 
     name: str
     module_path: str
@@ -59,6 +62,7 @@ class SiteAccount:
     expected: int
     written: int
     dropped: int
+    filtered: int
     n_missed: int
 
 
@@ -107,9 +111,15 @@ class CaptureReport:
         """Rows not stored because the ring was full, over all sites."""
         return sum(site.dropped for site in self.sites)
 
+    @property
+    def n_filtered(self) -> int:
+        """Rows that were not asked for (`phases`, `every`, `positions`, `where`, `max_rows`), over all sites."""
+        return sum(site.filtered for site in self.sites)
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON-ready values."""
-        return {**asdict(self), "path": str(self.path), "n_rows": self.n_rows, "n_dropped": self.n_dropped}
+        totals = {"n_rows": self.n_rows, "n_dropped": self.n_dropped, "n_filtered": self.n_filtered}
+        return {**asdict(self), "path": str(self.path), **totals}
 
     def summary(self) -> str:
         """Return one line: path, rows, and what was dropped and where."""
@@ -117,6 +127,8 @@ class CaptureReport:
             f"{shown_path(self.path)}: {self.n_rows} rows of {len(self.sites)} sites from {self.n_tokens} tokens "
             f"({size_text(self.n_bytes)}), {self.n_dropped} dropped"
         )
+        if self.n_filtered:
+            line += f", {self.n_filtered} not asked for"
         if self.state == "failed":
             line += "; writing FAILED, and only what was committed before is there"
         if self.n_dropped:
@@ -134,18 +146,19 @@ class CaptureReport:
         ]
 
     def __str__(self) -> str:
+        counts = ("expected", "written", "dropped", *(("filtered",) if self.n_filtered else ()))
         rows = [
             (
                 site.name,
                 "not seen yet" if site.shape is None else shape_text(site.shape),
                 site.dtype or "",
-                *(str(count) for count in (site.expected, site.written, site.dropped)),
+                *(str(getattr(site, count)) for count in counts),
             )
             for site in self.sites
         ]
         lines = [
             f"{self.summary()}; {self.state}",
-            table_of(("site", "shape", "dtype", "expected", "written", "dropped"), rows),
+            table_of(("site", "shape", "dtype", *counts), rows),
             f"{self.n_steps} steps, {self.n_dropped_steps} dropped, {self.n_abandoned_steps} abandoned; the model "
             f"waited {self.stall_s:.3f} s for the ring, whose peak was {self.peak_fill:.0%}",
         ]

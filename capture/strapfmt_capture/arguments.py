@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from strapfmt import spec
+from strapfmt.arguments import as_integer
 from strapfmt.errors import ArgumentError
 from strapfmt.manifest import Manifest
 from strapfmt_capture.hookpoints import HookPoint
@@ -16,9 +18,11 @@ from strapfmt_capture.texts import special_ids
 
 __all__ = [
     "as_flag",
+    "as_index",
     "check_appended",
     "check_model",
     "check_tokenizer",
+    "index_facts",
     "stored_manifest",
     "tags_text",
 ]
@@ -35,6 +39,34 @@ def as_flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise ArgumentError(f"{name}: expected True or False, got {value!r}")
     return value
+
+
+def as_index(name: str, value: Any) -> slice | tuple[int, ...]:
+    """Return a slice that goes forward, or whole numbers as a tuple; negative ones count from the end.
+
+    Raises
+    ------
+    ArgumentError
+        If it is something else, or names nothing.
+    """
+    if isinstance(value, slice):
+        start, stop = (None if end is None else as_integer(name, end) for end in (value.start, value.stop))
+        step = None if value.step is None else as_integer(f"{name}: step of a slice", value.step, least=1)
+        return slice(start, stop, step)
+    values = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(values, (int, float, str, Mapping)) or not isinstance(values, Iterable):
+        return (as_integer(name, value),)
+    numbers = tuple(as_integer(name, each) for each in values)
+    if not numbers:
+        raise ArgumentError(f"{name}: expected a slice or whole numbers, got none")
+    return numbers
+
+
+def index_facts(index: slice | tuple[int, ...]) -> dict[str, int | None] | list[int]:
+    """Return what `as_index` gave, JSON-ready."""
+    if isinstance(index, slice):
+        return {"start": index.start, "stop": index.stop, "step": index.step}
+    return list(index)
 
 
 def check_model(model: object) -> None:
@@ -101,7 +133,12 @@ def stored_manifest(path: Path, rank: int) -> Manifest | None:
 
 
 def check_appended(
-    path: Path, rank: int | None, points: Iterable[HookPoint], codec: str, statistics: tuple[str, ...]
+    path: Path,
+    rank: int | None,
+    points: Iterable[HookPoint],
+    codec: str,
+    statistics: tuple[str, ...],
+    channels: Mapping[str, Any],
 ) -> None:
     """Refuse to go on at sites of a dataset in another way than they began.
 
@@ -120,6 +157,7 @@ def check_appended(
             "codec": (known.codec, codec),
             "stats": (list(known.statistics), list(statistics)),
             "hook_point": (known.hook_point, point.hook_point),
+            "channels": (_stored_channels(manifest, point.site), channels.get(point.site)),
         }
         differing = [
             f"{field}: the dataset has {old!r} for site {point.site!r}, got {new!r}"
@@ -128,6 +166,16 @@ def check_appended(
         ]
         if differing:
             raise ArgumentError(f"{'; '.join(differing)}; write into a dataset of its own")
+
+
+def _stored_channels(manifest: Manifest | None, site: str) -> Any:
+    """What the last session that captured a site says of its channels; None for all of them."""
+    for session in reversed(manifest.sessions if manifest else ()):
+        sites, options = session.get("sites"), session.get("options")
+        if isinstance(sites, Mapping) and site in sites and isinstance(options, Mapping):
+            channels = options.get("channels")
+            return channels.get(site) if isinstance(channels, Mapping) else None
+    return None
 
 
 def _check_keys(value: object) -> None:

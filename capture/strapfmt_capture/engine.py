@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from strapfmt.codecs import get_codec
 from strapfmt.errors import ArgumentError, CaptureError, WriterConflictError
 from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
+from strapfmt_capture.channels import Channels, facts_of
 from strapfmt_capture.drain import Drain
 from strapfmt_capture.hookpoints import HookPoint, hook_points
 from strapfmt_capture.hooks import Hooks, OnFull
@@ -27,6 +28,8 @@ from strapfmt_capture.provenance import describe_model, describe_tokenizer, desc
 from strapfmt_capture.ring import Ring
 from strapfmt_capture.rings import Rings
 from strapfmt_capture.rows import RowTracker
+from strapfmt_capture.selection import Selection
+from strapfmt_capture.stopping import Stop
 from strapfmt_capture.texts import ForgivingTokenizer
 
 __all__ = ["Engine", "Mode", "Options"]
@@ -50,6 +53,8 @@ class Options:
     shard_bytes: int
     commit_interval_s: float
     top_k_logits: int | None = None
+    stop_at_layer: int | None = None
+    selection: Selection | None = None
 
     def __post_init__(self) -> None:
         get_codec(self.codec)
@@ -67,6 +72,13 @@ class Options:
             as_seconds("commit_interval_s", self.commit_interval_s, may_be_zero=True),
         )
 
+    def facts(self, channels: Mapping[str, Channels]) -> dict[str, Any]:
+        """What the manifest says of them; of filters, those that were asked for."""
+        facts = {field.name: getattr(self, field.name) for field in fields(self)}
+        selection = facts.pop("selection")
+        facts |= selection.facts if selection else {}
+        return facts | ({"channels": facts_of(channels)} if channels else {})
+
 
 class Engine:
     """What a running capture consists of; made on entry, closed on exit."""
@@ -79,6 +91,8 @@ class Engine:
         modules: Sequence[torch.nn.Module],
         options: Options,
         *,
+        channels: Mapping[str, Channels],
+        stop: Stop | None,
         tokenizer: Any,
         tags: Mapping[str, Any] | None,
         progress: bool | None,
@@ -94,7 +108,7 @@ class Engine:
             "model": describe_model(model),
             "tokenizer": describe_tokenizer(tokenizer),
             "versions": describe_versions(),
-            "options": asdict(options),
+            "options": options.facts(channels),
             "sites": {point.site: point.hook_point for point in points},
         }
         # pyarrow imports pandas, where there is one, at the first of these: not inside a forward pass.
@@ -118,9 +132,13 @@ class Engine:
                 codec=options.codec,
                 statistics=options.stats,
                 known=self.writer.sites,
+                selection=options.selection,
+                channels=channels,
             )
             undo.push(self._attached)
             self._attached.enter_context(self.hooks.attached(model, modules))
+            if stop is not None:
+                self._attached.enter_context(stop.attached(model, modules))
             self.drain.start()
             self._is_running = True
             undo.pop_all()
@@ -151,12 +169,14 @@ class Engine:
                 self.rings.free()
 
     def _outcome(self) -> dict[str, Any]:
+        filtered = {tap.point.site: tap.filtered for tap in self.hooks.taps if tap.filtered}
         missed = {tap.point.site: tap.n_missed for tap in self.hooks.taps if tap.n_missed}
         return {
             "outcome": {
                 "n_steps": self.hooks.steps.n_steps,
                 "n_dropped_steps": self.hooks.steps.n_dropped_steps,
                 "n_abandoned_steps": self.hooks.steps.n_abandoned_steps,
+                **({"filtered_rows": filtered} if filtered else {}),
                 **({"missed_steps": missed} if missed else {}),
                 "devices": sorted(str(device) for device in self.hooks.devices),
                 "stall_s": self.rings.stall_s,

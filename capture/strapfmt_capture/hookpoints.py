@@ -170,6 +170,10 @@ class Decoder:
         name = getattr(self.config, "_attn_implementation", None)
         return name if isinstance(name, str) else None
 
+    def below(self, path: str) -> str:
+        """Return the path in the model of what is at `path` below this decoder."""
+        return _join(self.path, path)
+
     @property
     def is_eager(self) -> bool:
         """Whether attention patterns are computed at all."""

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ import torch
 
 from strapfmt.errors import CaptureError
 from strapfmt.schema import SiteSpec
+from strapfmt_capture.channels import Channels
 from strapfmt_capture.computed import is_computing
 from strapfmt_capture.drain import Drain
 from strapfmt_capture.eager import check_runs_eagerly, is_repetition
@@ -34,6 +36,7 @@ from strapfmt_capture.placement import Layout, Placement, declare
 from strapfmt_capture.ring import Ring, Slot
 from strapfmt_capture.rings import Rings
 from strapfmt_capture.rows import RowTracker
+from strapfmt_capture.selection import Selection, Selector
 from strapfmt_capture.steps import OnFull, OpenStep, Steps
 from strapfmt_capture.turn import Values
 
@@ -42,6 +45,7 @@ __all__ = ["Hooks", "OnFull", "Tap"]
 # A tensor is copied in pieces of this share of the ring, so that a long prefill needs no more memory than the ring.
 _PIECE_SHARE = 8
 _NO_KWARGS: dict[str, Any] = {}
+_NOTHING = Placement(n_rows=0, index=None)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,22 +57,28 @@ class Tap:
     point : HookPoint
     is_head : bool
         Whether it may leave out all but the last positions.
+    channels : Channels or None
+        Which elements of its last dimension are stored.
     layout : Layout or None
         None until it has fired.
     n_calls : int
         How often it has fired.
     expected, dropped : int
-        Rows it has produced, and those not stored because the ring was full.
+        Rows it has produced that are wanted, and those not stored because the ring was full.
+    filtered : int
+        Rows it has produced that are not wanted.
     n_missed : int
         Complete steps in which it did not fire, of those that have tokens.
     """
 
     point: HookPoint
     is_head: bool
+    channels: Channels | None = None
     layout: Layout | None = None
     n_calls: int = 0
     expected: int = 0
     dropped: int = 0
+    filtered: int = 0
     n_missed: int = 0
     last_step: int = -1
 
@@ -91,6 +101,10 @@ class Hooks:
         Of every site.
     known : mapping of str to SiteSpec
         Sites that the dataset holds already.
+    selection : Selection, optional
+        Which rows are stored; None: all.
+    channels : mapping of str to Channels
+        By site, where not all are stored.
     """
 
     def __init__(
@@ -105,15 +119,28 @@ class Hooks:
         codec: str,
         statistics: tuple[str, ...],
         known: Mapping[str, SiteSpec],
+        selection: Selection | None = None,
+        channels: Mapping[str, Channels] = MappingProxyType({}),
     ) -> None:
         at_head = set(heads)
         self.taps = [
-            Tap(point=point, is_head=point.is_last or point.module_path in at_head) for point in points
+            Tap(
+                point=point,
+                is_head=point.is_last or point.module_path in at_head,
+                channels=channels.get(point.site),
+            )
+            for point in points
         ]
+        self._selector = None if selection is None else Selector(selection)
         self.devices: set[torch.device] = set()
         #: The passes of the model, counted.
         self.steps = Steps(
-            rings=rings, drain=drain, tracker=tracker, on_full=on_full, on_complete=self._count_missed
+            rings=rings,
+            drain=drain,
+            tracker=tracker,
+            on_full=on_full,
+            on_complete=self._count_missed,
+            selector=self._selector,
         )
         self._rings = rings
         self._codec, self._statistics, self._known = codec, statistics, known
@@ -128,6 +155,12 @@ class Hooks:
     def __reduce__(self) -> tuple[type[_NoHooks], tuple[()]]:
         # A hooked model that is stored leaves them behind.
         return _NoHooks, ()
+
+    @property
+    def is_at_limit(self) -> bool:
+        """Whether a site has as many rows as `max_rows` allows."""
+        limit = None if self._selector is None else self._selector.selection.max_rows
+        return limit is not None and any(tap.expected - tap.dropped >= limit for tap in self.taps)
 
     @contextmanager
     def attached(self, model: torch.nn.Module, row_modules: Iterable[torch.nn.Module]) -> Iterator[None]:
@@ -215,12 +248,29 @@ class Hooks:
         layout = tap.layout or self._declare(tap, x, chosen, open_step)
         if layout.heads_first:
             x = layout.turned(x)
+        if layout.channels is not None:
+            x = layout.channels.of(x)
         is_whole = x.dtype is layout.dtype and x.shape == open_step.batch + layout.shape
         if is_whole and layout.ndim is None and (chosen is None or not layout.is_head):
             placed = open_step.whole
         else:
             placed = layout.place(x, open_step.step, chosen)
+        if self._selector is not None:
+            placed = self._wanted(self._selector, tap, placed, open_step)
         self._store(tap, layout, x, placed, open_step)
+
+    def _wanted(self, selector: Selector, tap: Tap, placed: Placement, open_step: OpenStep) -> Placement:
+        """Return what is to be stored of a firing, and count the rest."""
+        stored = open_step.stored
+        if stored is None:
+            wanted = _NOTHING
+        elif placed.rows is None:
+            wanted = selector.own(placed, tap.expected - tap.dropped)
+        else:
+            is_whole = placed.rows is open_step.whole.rows
+            wanted = stored if is_whole else placed.among(stored.rows)
+        tap.filtered += placed.n_rows - wanted.n_rows
+        return wanted
 
     def _store(
         self, tap: Tap, layout: Layout, x: torch.Tensor, placed: Placement, open_step: OpenStep
@@ -256,7 +306,7 @@ class Hooks:
     def _declare(
         self, tap: Tap, x: torch.Tensor, chosen: npt.NDArray[np.int64] | None, open_step: OpenStep
     ) -> Layout:
-        tap.layout = declare(
+        layout = declare(
             tap.point,
             x,
             open_step.step,
@@ -265,10 +315,14 @@ class Hooks:
             statistics=self._statistics,
             known=self._known.get(tap.point.site),
             chosen=chosen,
+            channels=tap.channels,
         )
+        if self._selector is not None and layout.ndim is not None:
+            self._selector.selection.check_own(tap.point.site, tap.point.hook_point)
+        tap.layout = layout
         self.devices.add(x.device)
-        self._rings.publish(tap.layout.spec)
-        return tap.layout
+        self._rings.publish(layout.spec)
+        return layout
 
     def _copy(
         self, layout: Layout, x: torch.Tensor, placed: Placement, call: int, open_step: OpenStep
@@ -346,8 +400,8 @@ def _gather(flat: torch.Tensor, index: torch.Tensor | None, part: slice, out: to
 
 
 def _index(index: npt.NDArray[np.int64], device: torch.device, open_step: OpenStep) -> torch.Tensor:
-    """Return places as a tensor on `device`; those of the step's stored tokens are moved there once."""
-    if index is not open_step.step.selected:
+    """Return places as a tensor on `device`; those of the step's wanted tokens are moved there once."""
+    if open_step.stored is None or index is not open_step.stored.index:
         return _sent(index, device)
     if device not in open_step.index:
         open_step.index[device] = _sent(index, device)

@@ -23,6 +23,7 @@ import torch
 from strapfmt.dtypes import dtype_of_torch
 from strapfmt.errors import ArgumentError, CaptureError
 from strapfmt.schema import SiteSpec
+from strapfmt_capture.channels import Channels
 from strapfmt_capture.eager import has_values
 from strapfmt_capture.hookpoints import HookPoint
 from strapfmt_capture.rows import Step
@@ -54,6 +55,21 @@ class Placement:
     rows: _Int64 | None = None
     token_row: _Int64 | None = None
 
+    def at(self, places: _Int64) -> Placement:
+        """Return the rows at `places` among these."""
+        return Placement(
+            n_rows=len(places),
+            index=places if self.index is None else self.index[places],
+            rows=None if self.rows is None else self.rows[places],
+            token_row=None if self.token_row is None else self.token_row[places],
+        )
+
+    def among(self, rows: _Int64 | None) -> Placement:
+        """Return those whose row ids are among `rows`."""
+        assert self.rows is not None  # of tokens
+        assert rows is not None
+        return self.at(np.flatnonzero(np.isin(self.rows, rows)))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
@@ -73,6 +89,8 @@ class Layout:
         The place in the model, for messages.
     heads_first : bool
         Whether the tensor is `[n_sequences, heads, n_query, width]`; `turned` makes it one row a token.
+    channels : Channels or None
+        Which elements of the last dimension are stored; `shape` is what is left.
     """
 
     spec: SiteSpec
@@ -82,6 +100,7 @@ class Layout:
     is_head: bool
     where: str
     heads_first: bool = False
+    channels: Channels | None = None
 
     def turned(self, x: torch.Tensor) -> torch.Tensor:
         """Return a value with its tokens in front, a view."""
@@ -179,6 +198,7 @@ def declare(
     statistics: tuple[str, ...],
     known: SiteSpec | None = None,
     chosen: _Int64 | None = None,
+    channels: Channels | None = None,
 ) -> Layout:
     """Decide at the first firing what a site holds.
 
@@ -196,6 +216,8 @@ def declare(
         What an earlier session, which is appended to, declared; its row space is kept.
     chosen : int64 [k], optional
         As in `Layout.place`.
+    channels : Channels, optional
+        As in `Layout`.
 
     Raises
     ------
@@ -226,6 +248,8 @@ def declare(
     else:
         lead = max(x.ndim - 1, 0) if x.ndim <= 3 else 1
         shape, ndim = tuple(x.shape[lead:]), x.ndim
+    if channels is not None:
+        shape = channels.shape(shape, f"site {point.site!r} at {point.hook_point}")
     try:
         spec = SiteSpec(
             name=point.site,
@@ -260,6 +284,7 @@ def declare(
         is_head=is_head,
         where=point.hook_point,
         heads_first=heads_first,
+        channels=channels,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,12 +23,15 @@ from strapfmt_capture.arguments import (
     check_tokenizer,
     tags_text,
 )
+from strapfmt_capture.channels import channels_of, facts_of
 from strapfmt_capture.device_ring import GPU_RING_BYTES
 from strapfmt_capture.engine import Engine, Mode, Options
 from strapfmt_capture.hooks import OnFull, Tap
 from strapfmt_capture.ring import RING_BYTES
+from strapfmt_capture.selection import Positions, Selection, TokenColumns
 from strapfmt_capture.sites import as_patterns, check_not_compiled, describe, remarks, resolve, row_modules
 from strapfmt_capture.statistics import check_statistics
+from strapfmt_capture.stopping import Stop
 
 __all__ = ["Capture", "Mode", "capture"]
 
@@ -43,6 +46,13 @@ def capture(
     codec: str = "none",
     on_full: OnFull = "block",
     stats: bool | Collection[str] = True,
+    phases: str | Collection[str] | None = None,
+    every: int = 1,
+    positions: Positions | None = None,
+    where: Callable[[TokenColumns], Any] | None = None,
+    max_rows: int | None = None,
+    channels: Any = None,
+    stop_at_layer: int | None = None,
     tags: Mapping[str, Any] | None = None,
     mode: Mode = "create",
     overwrite: bool = False,
@@ -83,7 +93,29 @@ def capture(
         What happens when writing cannot keep up and the ring is full as a forward pass begins: the model waits, the
         values of the whole pass are not stored (its tokens are, marked dropped), or `RingFullError` is raised.
     stats : bool or collection of str
-        Statistics stored with every row: all, none, or some of `strapfmt.spec.STATISTICS`.
+        Statistics stored with every row: all, none, or some of `strapfmt.spec.STATISTICS`; of the elements that are
+        stored.
+    phases : {"prefill", "decode"} or collection of them, optional
+        Store values of these passes only. This and the next four choose rows, the same at every site, before anything
+        is copied; the `tokens` table has all tokens, and `cap.report` counts what was left out.
+    every : int
+        Store values of the first, the (n+1)th, ... of the passes of which `phases`, `positions` and `where` leave a
+        row.
+    positions : slice, int, collection of int, or "last", optional
+        Store values of tokens at these positions of their sequence, as an index into the sequence as it is after the
+        pass, padding left out: `slice(0, 4)`, `[0, -1]`; "last" is -1, the last token of each sequence in the pass.
+    where : callable, optional
+        Store values of tokens of which this says so: it is given the tokens of each pass, with arrays `position`,
+        `token_id`, `token`, `is_special`, `sequence_id`, `batch_index` and `row`, and returns bool `[n_rows]`.
+    max_rows : int, optional
+        Store so many rows of each site and no more; the model goes on. The pass that reaches it is cut to the row.
+    channels : slice, collection of int, or mapping of names to either, optional
+        Store these elements of the last dimension, at every site or at the sites that a name, with wildcards, matches
+        (the first name that does). Shapes are those of what is stored; `options.channels` of the session in the
+        manifest says which elements it is.
+    stop_at_layer : int, optional
+        End every pass before this block, which saves its time and that of all that follows. What a call returns then
+        raises `StoppedPassError` when it is asked for logits or anything else.
     tags : mapping, optional
         JSON values kept with every sequence.
     mode : {"create", "overwrite", "append"}
@@ -121,7 +153,7 @@ def capture(
     CompiledModelError
         If the model, or a part of it, is compiled.
     ArgumentError
-        If another argument is wrong.
+        If another argument is wrong, or a site comes after `stop_at_layer`.
     """
     if mode not in ("create", "overwrite", "append"):
         raise ArgumentError(f"mode: expected 'create', 'overwrite' or 'append', got {mode!r}")
@@ -139,6 +171,10 @@ def capture(
         shard_bytes=shard_bytes,
         commit_interval_s=commit_interval_s,
         top_k_logits=top_k_logits,
+        stop_at_layer=stop_at_layer,
+        selection=Selection.of(
+            phases=phases, every=every, positions=positions, max_rows=max_rows, where=where
+        ),
     )
     check_model(model)
     check_tokenizer(tokenizer)
@@ -150,6 +186,7 @@ def capture(
         path,
         sites,
         options,
+        channels=channels,
         tokenizer=tokenizer,
         tags=tags,
         progress=progress,
@@ -175,6 +212,7 @@ class Capture:
         sites: str | Iterable[str],
         options: Options,
         *,
+        channels: Any,
         tokenizer: Any,
         tags: Mapping[str, Any] | None,
         progress: bool | None,
@@ -188,8 +226,13 @@ class Capture:
         patterns = as_patterns(sites)
         self._points = resolve(model, patterns, top_k_logits=options.top_k_logits)
         self._remarks = remarks(model, patterns)
+        self._channels = channels_of(channels, self._points)
+        stop = options.stop_at_layer
+        self._stop = None if stop is None else Stop(model, self._points, stop)
         if options.mode == "append":
-            check_appended(path, options.rank, self._points, options.codec, options.stats)
+            check_appended(
+                path, options.rank, self._points, options.codec, options.stats, facts_of(self._channels)
+            )
         self._row_modules = row_modules(model)
         self._show_progress, self._quiet = progress, quiet
         self._state = "ready"
@@ -205,6 +248,8 @@ class Capture:
             self._points,
             self._row_modules,
             self._options,
+            channels=self._channels,
+            stop=self._stop,
             tokenizer=self._tokenizer,
             tags=self._tags,
             progress=self._show_progress,
@@ -255,10 +300,14 @@ class Capture:
         )
 
     def estimate(self, n_tokens: int) -> Estimate:
-        """Estimate the bytes that capturing `n_tokens` tokens takes, before any codec."""
+        """Estimate the bytes that storing the values of `n_tokens` tokens takes, before any codec."""
         n_tokens = as_integer("n_tokens", n_tokens, least=0)
         known = self._engine.specs if self._engine else {}
-        return estimate(n_tokens, describe(self._model, self._points), known, self.statistics)
+        infos = [
+            self._channels[info.site].listed(info) if info.site in self._channels else info
+            for info in describe(self._model, self._points)
+        ]
+        return estimate(n_tokens, infos, known, self.statistics)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}: {len(self._points)} sites, {self._state})"
@@ -290,6 +339,7 @@ def _account(tap: Tap, written: Mapping[str, int]) -> SiteAccount:
         expected=tap.expected,
         written=written.get(tap.point.site, 0),
         dropped=tap.dropped,
+        filtered=tap.filtered,
         n_missed=tap.n_missed,
     )
 
@@ -316,6 +366,8 @@ def _notes(engine: Engine) -> list[str]:
             f"{len(own)} site(s) such as {own[0]!r} number their own rows, as the model is given no tokens under a "
             "name that is known (input_ids, ...): which token a row belongs to is not stored"
         )
+    if engine.hooks.is_at_limit:
+        notes.append("max_rows was reached: what the model has run since then has no values")
     if engine.tokenizer is not None and engine.tokenizer.note is not None:
         notes.append(engine.tokenizer.note)
     return notes

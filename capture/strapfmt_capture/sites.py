@@ -35,6 +35,7 @@ __all__ = [
     "describe",
     "hook_points",
     "list_sites",
+    "matching",
     "remarks",
     "resolve",
     "row_modules",
@@ -106,7 +107,7 @@ def as_patterns(patterns: str | Iterable[str]) -> list[str]:
 def remarks(model: torch.nn.Module, patterns: str | Iterable[str]) -> list[str]:
     """Say what `patterns`, as `resolve` reads them, leave out that a person may expect."""
     uniform = hook_points(model)
-    asked = {site for pattern in as_patterns(patterns) for site in _matching(pattern, uniform)}
+    asked = {site for pattern in as_patterns(patterns) for site in matching(pattern, uniform)}
     decoders = list(find_decoders(model))
     said = []
     if asked and not decoders[0].is_eager and any(uniform[site].heads_first for site in asked):
@@ -187,11 +188,11 @@ def _match(
     model: torch.nn.Module, pattern: str, uniform: Mapping[str, HookPoint], paths: Sequence[str]
 ) -> list[HookPoint]:
     """Hook points of one pattern."""
-    sites = _matching(pattern, uniform)
+    sites = matching(pattern, uniform)
     if sites:
         return [uniform[site] for site in _without_patterns(model, pattern, sites)]
     path_pattern, _, where = pattern.partition(":")
-    matches = _matching(path_pattern, paths) if where in ("", "in", "out") else []
+    matches = matching(path_pattern, paths) if where in ("", "in", "out") else []
     if not matches and pattern in TOP_SITES:
         raise ArgumentError(
             f"sites: {pattern!r} exists only with top_k_logits, which says how many; got none"
@@ -248,7 +249,7 @@ def _is_compiled_function(function: object) -> bool:
 def _not_found(
     model: torch.nn.Module, pattern: str, uniform: Mapping[str, HookPoint], paths: Sequence[str]
 ) -> SiteNotFoundError:
-    if inside := _matching(f"{pattern}.*", uniform):  # a block, which holds sites and is none
+    if inside := matching(f"{pattern}.*", uniform):  # a block, which holds sites and is none
         places = dict.fromkeys(site.rpartition(".")[2] for site in inside)
         wider = [f"{pattern}.{place}" for place in ("*", *places)]
         return SiteNotFoundError(pattern, wider, where=type(model).__name__)
@@ -261,7 +262,8 @@ def _not_found(
     )
 
 
-def _matching(pattern: str, names: Iterable[str]) -> list[str]:
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """Return the names that a pattern, as the module's documentation says, stands for."""
     if not any(character in pattern for character in "*?["):
         return [pattern] if pattern in names else []
     segments = pattern.split(".")

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from strapfmt_capture.inputs import Inputs, named_arguments, read_inputs
 from strapfmt_capture.placement import Placement
 from strapfmt_capture.rings import Rings
 from strapfmt_capture.rows import RowTracker, Step
+from strapfmt_capture.selection import Selector
 
 __all__ = ["OnFull", "OpenStep", "Steps"]
 
@@ -44,14 +46,16 @@ _REASON_CHARS = 500
 class OpenStep:
     """A step that has begun; `whole` are the rows of a tensor that begins with the sizes of the `batch`.
 
-    `chosen` are the positions at which the head computes, None if it computes all.
+    `chosen` are the positions at which the head computes, None if it computes all. `stored` are those of `whole` that
+    are wanted, None if nothing of the step is.
     """
 
     step: Step
     batch: tuple[int, ...]
     whole: Placement
     chosen: npt.NDArray[np.int64] | None
-    is_dropped: bool
+    stored: Placement | None
+    is_dropped: bool = False
     dropped: dict[str, int] = field(default_factory=dict)
     index: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
@@ -84,6 +88,8 @@ class Steps:
         What happens when the ring is full as a step begins. A step that has begun waits for space.
     on_complete : callable
         Called with each step that has ended well.
+    selector : Selector, optional
+        Chooses what is stored of each step; None: all.
 
     Attributes
     ----------
@@ -100,11 +106,12 @@ class Steps:
         tracker: RowTracker,
         on_full: OnFull,
         on_complete: Callable[[OpenStep], None],
+        selector: Selector | None = None,
     ) -> None:
         self.process = os.getpid()
         self.n_steps, self.n_dropped_steps, self.n_abandoned_steps, self.n_tokens = 0, 0, 0, 0
         self._rings, self._drain, self._tracker = rings, drain, tracker
-        self._on_full, self._on_complete = on_full, on_complete
+        self._on_full, self._on_complete, self._selector = on_full, on_complete, selector
         self._call: _Call | None = None
         self._thread = 0
 
@@ -140,11 +147,8 @@ class Steps:
             self._end_well(call)
             return
         if call.open is None:
-            try:
+            with suppress(CaptureError):  # the model's own error is on its way
                 self._begin(call)
-            except CaptureError:  # the model's own error is on its way
-                self._call = None
-                return
         self._end(call, "abandoned", _reason(error))
 
     def current(self) -> OpenStep | None:
@@ -216,21 +220,31 @@ class Steps:
                 'on_full="raise"; use "block" or "drop", a larger host_ring_bytes, fewer sites or a faster disk'
             )
         step = self._tracker.begin(call.module, call.inputs)
-        if is_full:
-            self.n_dropped_steps += 1
-            if len(step.rows):
-                step.tokens["dropped"] = np.ones(len(step.rows), bool)
-        self.n_steps += 1
-        self.n_tokens += len(step.rows)
-        self._rings.publish(StepStart(step=step))
+        whole = Placement(n_rows=len(step.rows), index=step.selected, rows=step.rows)
         call.open = OpenStep(
             step=step,
             batch=(step.n_sequences, step.n_query),
-            whole=Placement(n_rows=len(step.rows), index=step.selected, rows=step.rows),
+            whole=whole,
             chosen=_positions(call.kept, step.n_query) if step.is_language else None,
-            is_dropped=is_full,
+            stored=None if self._selector else whole,
         )
+        try:
+            if self._selector is not None:
+                call.open.stored = self._selector.choose(step, whole, is_full=is_full)
+        finally:  # what is asked may fail, and then there is a step that does
+            self._start(call.open, is_full)
         return call.open
+
+    def _start(self, open_step: OpenStep, is_full: bool) -> None:
+        step, stored = open_step.step, open_step.stored
+        if is_full and stored is not None:
+            open_step.is_dropped = True
+            self.n_dropped_steps += 1
+            if stored.rows is not None and len(step.rows):
+                step.tokens["dropped"] = np.isin(step.rows, stored.rows)
+        self.n_steps += 1
+        self.n_tokens += len(step.rows)
+        self._rings.publish(StepStart(step=step))
 
     def _end_well(self, call: _Call) -> None:
         open_step = call.open or self._begin(call)
