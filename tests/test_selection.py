@@ -458,3 +458,20 @@ def test_the_report_tells_what_was_left_out(model: PreTrainedModel, tmp_path: Pa
     assert str(report).splitlines()[1].split() == [
         *("site", "shape", "dtype", "expected", "written", "dropped", "filtered")
     ]
+
+
+@pytest.mark.parametrize(
+    ("family", "sites"),
+    [
+        ("qwen3_moe", ["blocks.*.router_logits", "blocks.0.expert_*", "logits.top_*"]),
+        ("mixtral", ["blocks.1.expert_out", "blocks.*.mlp_out", "logits"]),
+        ("mamba", ["blocks.*.ssm_state", "blocks.*.mixer_out", "logits"]),
+    ],
+)
+def test_values_that_no_module_returns_are_selected(family: str, sites: list[str], tmp_path: Path) -> None:
+    model, selection = tiny_model(family), {"positions": [0, -1], **told_and_where("even")}
+    everything = captured(tmp_path / "all.strap", model, generated, sites=sites, top_k_logits=3)
+    found = captured(
+        tmp_path / "x.strap", model, generated, sites=sites, top_k_logits=3, **asked_for(selection)
+    )
+    assert_selected(everything, found, selection)
