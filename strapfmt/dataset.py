@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from strapfmt.arguments import as_names
 from strapfmt.errors import ArgumentError, QueryError
+from strapfmt.marks import marks_of, table_of_marks
 from strapfmt.query import Result, Source, check_condition, quoted, run_query
 from strapfmt.reader import Reader
 from strapfmt.site import Site
@@ -70,6 +71,7 @@ class Dataset(Reader):
         steps, row_events
         sites                   name, module_path, hook_point, dtype, shape, n_rows, row_space, codec, layout, bytes,
                                 expected, written, dropped
+        marks                   annotations of the run: rank, session, name, step, time_ns, attributes (JSON text)
         "blocks.3.resid_post"   one view per site, its name in double quotes: row, statistics, activation (ARRAY; a list
                                 for ragged sites and beyond 100,000 values). A site that numbers its rows itself has
                                 own_row, token_row and call instead of row. One that is called like a table here is
@@ -215,7 +217,8 @@ class Dataset(Reader):
     def _load(self, manifests: dict[int, Manifest], *, is_whole: bool) -> None:
         super()._load(manifests, is_whole=is_whole)
         tables = {name: view.to_arrow for name, view in self.tables.items()}
-        self._source = Source(tables={**tables, "sites": self._site_listing}, sites=self.sites)
+        made = {"sites": self._site_listing, "marks": lambda: table_of_marks(marks_of(manifests))}
+        self._source = Source(tables={**tables, **made}, sites=self.sites)
         for site in self._sites.values():
             # A site keeps the state that it is of, also after `refresh`.
             site.resolve_where = partial(self._rows_of_site_where, self._source)

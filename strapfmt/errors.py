@@ -25,11 +25,15 @@
         ├── CompiledModelError                hooks are silent under torch.compile
         ├── StoppedPassError (AttributeError) logits of a pass that `stop_at_layer` has ended were asked for
         ├── RingFullError                     `on_full="raise"` and the ring is full
+        ├── DiskSpaceError (OSError)          stopped before the disk was full; all is committed
         └── DrainError                        the writing side failed; the cause is chained
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 __all__ = [
     "ArgumentError",
@@ -40,6 +44,7 @@ __all__ = [
     "DatasetClosedError",
     "DatasetExistsError",
     "DatasetNotFoundError",
+    "DiskSpaceError",
     "DrainError",
     "FormatError",
     "MissingExtraError",
@@ -201,6 +206,32 @@ class StoppedPassError(CaptureError, AttributeError):
 
 class RingFullError(CaptureError):
     """The ring buffer is full and `on_full="raise"` was asked for."""
+
+
+class DiskSpaceError(OSError, CaptureError):
+    """The capture stopped before the disk was full; what was captured is committed when its block ends.
+
+    Attributes
+    ----------
+    errno : int
+        `ENOSPC`.
+    free_bytes, needed_bytes, min_free_bytes : int
+        What was free, what is still to be written (with one more pass), and what was to stay free.
+    """
+
+    def __init__(self, path: str, *, free_bytes: int, needed_bytes: int, min_free_bytes: int) -> None:
+        self.path, self.free_bytes = path, free_bytes
+        self.needed_bytes, self.min_free_bytes = needed_bytes, min_free_bytes
+        super().__init__(
+            errno.ENOSPC,
+            f"{path}: {free_bytes} bytes are free on this disk, {needed_bytes} would be written with one more pass, "
+            f"and min_free_bytes={min_free_bytes} are to stay free; capturing stops here and keeps everything before: "
+            "free some space and go on with mode='append'",
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        figures = {name: getattr(self, name) for name in ("free_bytes", "needed_bytes", "min_free_bytes")}
+        return partial(type(self), **figures), (self.path,)
 
 
 class DrainError(CaptureError):

@@ -189,6 +189,10 @@ class Manifest:
         shards += [shard for entry in self.tables for shard in entry.shards]
         return {part.file for shard in shards for part in shard.parts}
 
+    def n_rows_of_table(self, name: str) -> int:
+        """Return how many rows a table has."""
+        return sum(shard.n_rows for table in self.tables if table.name == name for shard in table.shards)
+
     def encode(self) -> bytes:
         """Return the file's bytes; the checksum of all before it comes last."""
         head = _dumps(_head(self))[:-1]

@@ -50,11 +50,16 @@ class ManifestWriter:
     root : Path
         The rank's directory.
     io, publisher : IoThread, Publisher
+
+    Attributes
+    ----------
+    n_steps : int
+        Rows of the table `steps` in the last manifest that is durable.
     """
 
     def __init__(self, root: Path, io: IoThread, publisher: Publisher) -> None:
         self._path, self._io, self._publisher = root / spec.MANIFEST_NAME, io, publisher
-        self._n_begun = self._n_done = 0
+        self._n_begun = self._n_done = self.n_steps = 0
 
     @property
     def is_idle(self) -> bool:
@@ -72,6 +77,7 @@ class ManifestWriter:
             _check_limits(manifest, data, self._path)
             self._publisher.commit(self._path, data, directories)
             self._publisher.remove(superseded, after_s=0 if manifest.is_clean else _GRACE_S)
+            self.n_steps = manifest.n_rows_of_table("steps")
             self._n_done += 1
 
         self._n_begun += 1

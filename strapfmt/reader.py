@@ -22,6 +22,7 @@ from strapfmt.errors import (
     UnsupportedError,
 )
 from strapfmt.manifest import Manifest, Shard, SiteEntry
+from strapfmt.marks import Mark, marks_of
 from strapfmt.paths import absolute_path
 from strapfmt.ranks import read_manifests
 from strapfmt.report import RankReport, Report, SiteReport
@@ -323,6 +324,18 @@ class Reader:
         return dict(self._tables)
 
     # Account.
+
+    @property
+    def marks(self) -> list[Mark]:
+        """Annotations of the runs that wrote it, by rank and in the order of their making.
+
+        Raises
+        ------
+        CorruptError
+            If what a manifest holds as marks is something else.
+        """
+        self._check_open()
+        return marks_of(self.manifests)
 
     @property
     def report(self) -> Report:

@@ -15,6 +15,7 @@ from strapfmt.arrowfile import MessageEncoder
 from strapfmt.codecs import get_codec
 from strapfmt.commit import Disk, IoThread, Publisher, check_open_files
 from strapfmt.errors import ArgumentError
+from strapfmt.json_fields import plain_json
 from strapfmt.layout import body_alignment, plan_layout
 from strapfmt.manifest import Counts, Manifest, SiteEntry, file_slug
 from strapfmt.row_buffer import BufferPool
@@ -78,6 +79,11 @@ class Session:
     def entries(self) -> tuple[Mapping[str, Any], ...]:
         """The sessions of the rank as the manifest lists them, this one last."""
         return (*self._earlier, self._entry)
+
+    def mark(self, record: Mapping[str, Any]) -> None:
+        """Add a record to the marks of the session."""
+        marks = [*self._entry.get("marks", ()), plain_json(record, "mark")]
+        self._entry = {**self._entry, "marks": marks}
 
     def end(self, facts: Mapping[str, Any]) -> None:
         """Say that the session ends now, and what became known only then."""

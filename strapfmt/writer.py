@@ -98,6 +98,7 @@ class DatasetWriter:
         self._claim = claim_rank(self._disk, self.path, rank, mode)
         self._publisher = Publisher(self._disk, self._claim.check)
         self._manifest = self._claim.manifest
+        self._n_steps_before = self._manifest.n_rows_of_table("steps")
         self._specs = {entry.spec.name: entry.spec for entry in self._manifest.sites}
         self._counters = dict(self._manifest.counters)
         try:
@@ -218,6 +219,16 @@ class DatasetWriter:
     def first_call(self, site: str) -> int:
         """Return a number above every `call` of earlier sessions, as far as each of those has rows."""
         return self._declared(site).first_call
+
+    def mark(self, record: Mapping[str, Any]) -> None:
+        """Add a JSON-ready record to the `marks` of this session in the manifest, from the next commit on."""
+        self._check_open()
+        self._session.mark(record)
+
+    @property
+    def n_committed_steps(self) -> int:
+        """Rows that this session has added to `steps` and that are durable. Safe from any thread."""
+        return self._manifests.n_steps - self._n_steps_before
 
     def wait(self) -> None:
         """Block until every borrowed buffer has been handed to the system and may be reused."""

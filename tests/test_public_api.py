@@ -24,6 +24,7 @@ PUBLIC = [
     "DatasetClosedError",
     "DatasetExistsError",
     "DatasetNotFoundError",
+    "DiskSpaceError",
     "DrainError",
     "FormatError",
     "MissingExtraError",

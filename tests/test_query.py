@@ -232,7 +232,7 @@ def test_samples_are_answered(ds, sample):
 
 def test_show_tables_lists_every_name_and_opens_none(ds):
     names = dict(ds.sql("show tables").fetchall())
-    assert set(names) == {*ds.tables, "sites", "stats", "activations", *ds.names}
+    assert set(names) == {*ds.tables, "sites", "marks", "stats", "activations", *ds.names}
     assert names[PRE] == "site"
     assert names["tokens"] == "table"
 

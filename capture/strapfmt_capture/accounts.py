@@ -79,6 +79,8 @@ class CaptureReport:
     n_tokens, n_steps : int
     n_dropped_steps, n_abandoned_steps : int
         Steps not stored because the ring was full, and steps that ended in an exception.
+    n_paused_passes : int
+        Forward passes that ran while the capture was paused, which are no steps.
     n_bytes : int
         Bytes of values handed to the writer, before any codec.
     stall_s : float
@@ -96,6 +98,7 @@ class CaptureReport:
     n_steps: int
     n_dropped_steps: int
     n_abandoned_steps: int
+    n_paused_passes: int
     n_bytes: int
     stall_s: float
     peak_fill: float
@@ -159,7 +162,8 @@ class CaptureReport:
         lines = [
             f"{self.summary()}; {self.state}",
             table_of(("site", "shape", "dtype", *counts), rows),
-            f"{self.n_steps} steps, {self.n_dropped_steps} dropped, {self.n_abandoned_steps} abandoned; the model "
+            f"{self.n_steps} steps, {self.n_dropped_steps} dropped, {self.n_abandoned_steps} abandoned"
+            f"{f', {self.n_paused_passes} more passes while paused' if self.n_paused_passes else ''}; the model "
             f"waited {self.stall_s:.3f} s for the ring, whose peak was {self.peak_fill:.0%}",
         ]
         return "\n".join([*lines, *self._missed(), *self.notes])

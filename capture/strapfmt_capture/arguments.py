@@ -95,8 +95,8 @@ def check_tokenizer(tokenizer: object) -> None:
     )
 
 
-def tags_text(tags: object) -> str:
-    """Return tags as the JSON text that is stored with every sequence.
+def tags_text(tags: object, what: str = "tags") -> str:
+    """Return tags, or what else is like them, as the JSON text that is stored.
 
     Raises
     ------
@@ -106,13 +106,13 @@ def tags_text(tags: object) -> str:
     if tags is None:
         return "{}"
     if not isinstance(tags, Mapping):
-        raise ArgumentError(f"tags: expected a mapping of names to JSON values, got {_shown(tags)}")
+        raise ArgumentError(f"{what}: expected a mapping of names to JSON values, got {_shown(tags)}")
     try:
         text = json.dumps(dict(tags), ensure_ascii=False, allow_nan=False)
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise ArgumentError(f"tags: expected JSON values: {error}") from error
-    _check_keys(tags)
+        raise ArgumentError(f"{what}: expected JSON values: {error}") from error
+    _check_keys(tags, what)
     return text
 
 
@@ -178,16 +178,16 @@ def _stored_channels(manifest: Manifest | None, site: str) -> Any:
     return None
 
 
-def _check_keys(value: object) -> None:
+def _check_keys(value: object, what: str) -> None:
     """Refuse keys that JSON would turn into text, where two of them may become one."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str):
-                raise ArgumentError(f"tags: expected keys that are text, got {key!r}; pass {str(key)!r}")
-            _check_keys(inner)
+                raise ArgumentError(f"{what}: expected keys that are text, got {key!r}; pass {str(key)!r}")
+            _check_keys(inner, what)
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            _check_keys(inner)
+            _check_keys(inner, what)
 
 
 def _shown(value: object) -> str:

@@ -24,7 +24,8 @@ class Batch:
 
     `real` is `[n_sequences, n_query]`, None without padding; the arrays have one entry per run: its slot, its number
     of tokens, its sequence, the position of its first token and the row before that (negative for none). `counts` may
-    be None for runs of `n_query` each. Of sequences that branch: slot, parent and fork position.
+    be None for runs of `n_query` each. `tags` are those of sequences that begin, None if all go on. Of sequences that
+    branch: slot, parent and fork position.
     """
 
     history: History
@@ -34,7 +35,7 @@ class Batch:
     sequence_ids: _Int64
     positions: _Int64
     previous: _Int64
-    begins: bool = False
+    tags: NDArray[np.object_] | None = None
     branched: Sequence[tuple[int, int, int]] = ()
 
     def columns(self, rows: _Int64, n_query: int) -> dict[str, NDArray[Any] | pa.Array]:

@@ -13,12 +13,13 @@ import numpy.typing as npt
 from strapfmt.errors import DrainError
 from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
+from strapfmt_capture.disk_space import DiskSpace
 from strapfmt_capture.ring import Ring
 from strapfmt_capture.rows import Column, Step
 from strapfmt_capture.statistics import Columns, RowStatistics
 from strapfmt_capture.turn import Piece, Values, compute_statistics, pieces_of
 
-__all__ = ["Drain", "Events", "Item", "StepEnd", "StepStart"]
+__all__ = ["Annotation", "Boundary", "Drain", "Events", "Item", "StepEnd", "StepStart"]
 
 _TURN_SHARE = 8
 _TURN_BYTES = 16 << 20
@@ -34,7 +35,10 @@ class StepStart:
 
 @dataclass(slots=True, kw_only=True)
 class StepEnd:
-    """A step is over; `dropped` counts the rows that each site should have stored in it and did not."""
+    """A step is over; `dropped` counts the rows that each site should have stored in it and did not.
+
+    `is_whole`: everything up to here may be committed. Not so inside a block whose steps are committed together.
+    """
 
     step: Step
     started_ns: int
@@ -42,6 +46,7 @@ class StepEnd:
     status: str
     reason: str | None
     dropped: dict[str, int]
+    is_whole: bool = True
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,7 +56,21 @@ class Events:
     columns: dict[str, Column]
 
 
-Item = SiteSpec | StepStart | Values | StepEnd | Events
+@dataclass(slots=True, kw_only=True)
+class Boundary:
+    """No step is under way, and everything up to here may be committed; `is_urgent`: it must be, at once."""
+
+    is_urgent: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Annotation:
+    """An annotation of the session, JSON-ready."""
+
+    record: dict[str, Any]
+
+
+Item = SiteSpec | StepStart | Values | StepEnd | Events | Boundary | Annotation
 
 
 class Drain:
@@ -65,17 +84,20 @@ class Drain:
     ring : Ring
     writer : DatasetWriter
         The drain's own from `start` on, but for `reserve`; it closes or aborts it.
+    space : DiskSpace
+        Told in every turn what there is to write.
 
     Attributes
     ----------
+    space : DiskSpace
     n_rows, n_bytes : int
         Handed to the writer so far, over all sites.
     written : dict of str to int
         Rows handed to the writer, by site.
     """
 
-    def __init__(self, ring: Ring[Item], writer: DatasetWriter) -> None:
-        self._ring, self._writer = ring, writer
+    def __init__(self, ring: Ring[Item], writer: DatasetWriter, space: DiskSpace) -> None:
+        self._ring, self._writer, self.space = ring, writer, space
         self._statistics = RowStatistics()
         self._failure: BaseException | None = None
         self._provenance: Mapping[str, Any] = {}
@@ -85,7 +107,7 @@ class Drain:
         self._next_row = writer.reserve("row", 0)
         #: By site: the last call that hooks counted, and its number in the dataset.
         self._calls: dict[str, tuple[int, int]] = {}
-        self.n_rows, self.n_bytes = 0, 0
+        self.n_rows, self.n_bytes, self._pass_bytes = 0, 0, 0
         self.written: dict[str, int] = {}
 
     # For the thread that runs the model.
@@ -118,6 +140,11 @@ class Drain:
     def is_alive(self) -> bool:
         """Whether its thread runs, which it may still do after `abort` if the disk hangs."""
         return self._thread.is_alive()
+
+    @property
+    def n_committed_steps(self) -> int:
+        """Steps of this session that are durable, of those that have ended."""
+        return self._writer.n_committed_steps
 
     def finish(self, provenance: Mapping[str, Any] | None = None) -> None:
         """Write what is left, close the writer, and end the thread.
@@ -158,10 +185,12 @@ class Drain:
     def _drain(self) -> None:
         """Take turns: while the writer's own thread writes one turn, the statistics of the next are computed."""
         written = 0
+        self._look()
         while True:
             items = self._ring.take(self._turn_bytes, wait=False)
             if not items:
                 self._writer.wait()
+                self._look()
                 self._ring.release(written)
                 items = self._ring.take(self._turn_bytes)
                 if not items:
@@ -170,18 +199,38 @@ class Drain:
             values = [item for item in items if isinstance(item, Values)]
             statistics = compute_statistics(values, self._ring, self._statistics)
             self._writer.wait()
+            self._look()
             self._ring.release(written)
             self._write(items, statistics)
             written = position
 
+    def _look(self) -> None:
+        """Look at the disk before ring memory is released: what it holds counts as waiting until it is on the disk."""
+        self.space.look(n_bytes=self.n_bytes, n_rows=self.n_rows, n_sites=len(self.written))
+
+    def _count_passes(self, items: Sequence[Item]) -> None:
+        for item in items:
+            if isinstance(item, Values):
+                self._pass_bytes += item.n_bytes
+            elif isinstance(item, StepEnd):
+                self.space.passed(self._pass_bytes)
+                self._pass_bytes = 0
+
     def _write(self, items: Sequence[Item], statistics: Columns) -> None:
         """Hand everything over; a commit, if it is due, comes behind the last step that is complete."""
-        ends = [place for place, item in enumerate(items) if isinstance(item, StepEnd)]
+        ends = [
+            place
+            for place, item in enumerate(items)
+            if isinstance(item, Boundary) or (isinstance(item, StepEnd) and item.is_whole)
+        ]
         n_whole = ends[-1] + 1 if ends else 0
         self._write_items(items[:n_whole], statistics)
-        if n_whole:
+        if any(isinstance(item, Boundary) and item.is_urgent for item in items[:n_whole]):
+            self._writer.commit()
+        elif n_whole:
             self._writer.end_step()
         self._write_items(items[n_whole:], statistics)
+        self._count_passes(items)
 
     def _write_items(self, items: Sequence[Item], statistics: Columns) -> None:
         for item in items:
@@ -191,6 +240,8 @@ class Drain:
                 self._writer.add_site(item)
             elif isinstance(item, Events):
                 self._writer.write_table("row_events", item.columns)
+            elif isinstance(item, Annotation):
+                self._writer.mark(item.record)
         for piece in pieces_of([item for item in items if isinstance(item, Values)]):
             self._write_piece(piece, statistics)
         for item in items:

@@ -20,6 +20,7 @@ from strapfmt.errors import ArgumentError, CaptureError, WriterConflictError
 from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
 from strapfmt_capture.channels import Channels, facts_of
+from strapfmt_capture.disk_space import DiskSpace
 from strapfmt_capture.drain import Drain
 from strapfmt_capture.hookpoints import HookPoint, hook_points
 from strapfmt_capture.hooks import Hooks, OnFull
@@ -29,6 +30,7 @@ from strapfmt_capture.ring import Ring
 from strapfmt_capture.rings import Rings
 from strapfmt_capture.rows import RowTracker
 from strapfmt_capture.selection import Selection
+from strapfmt_capture.steering import Steering
 from strapfmt_capture.stopping import Stop
 from strapfmt_capture.texts import ForgivingTokenizer
 
@@ -52,6 +54,7 @@ class Options:
     batch_bytes: int
     shard_bytes: int
     commit_interval_s: float
+    min_free_bytes: int | None = 0
     top_k_logits: int | None = None
     stop_at_layer: int | None = None
     selection: Selection | None = None
@@ -66,6 +69,9 @@ class Options:
             raise ArgumentError(f"on_full: expected one of {', '.join(_ON_FULL)}; got {self.on_full!r}")
         for name in ("host_ring_bytes", "gpu_ring_bytes", "batch_bytes", "shard_bytes"):
             object.__setattr__(self, name, as_integer(name, getattr(self, name), least=spec.ALIGNMENT_BYTES))
+        if self.min_free_bytes is not None:
+            n_bytes = as_integer("min_free_bytes", self.min_free_bytes, least=0)
+            object.__setattr__(self, "min_free_bytes", n_bytes)
         object.__setattr__(
             self,
             "commit_interval_s",
@@ -120,7 +126,8 @@ class Engine:
             # What can fail has been tried: with mode="overwrite" the writer removes what there was.
             self.writer = _open_writer(path, options, facts)
             undo.callback(_give_up, self.writer, options.mode)
-            self.drain = Drain(self.rings.host, self.writer)
+            space = DiskSpace(path, options.min_free_bytes, options.batch_bytes)
+            self.drain = Drain(self.rings.host, self.writer, space)
             self._attached.callback(self.tracker.close)
             self.hooks = Hooks(
                 points,
@@ -134,6 +141,9 @@ class Engine:
                 known=self.writer.sites,
                 selection=options.selection,
                 channels=channels,
+            )
+            self.steering = Steering(
+                path, rings=self.rings, drain=self.drain, tracker=self.tracker, steps=self.hooks.steps
             )
             undo.push(self._attached)
             self._attached.enter_context(self.hooks.attached(model, modules))
@@ -177,7 +187,9 @@ class Engine:
                 "n_dropped_steps": self.hooks.steps.n_dropped_steps,
                 "n_abandoned_steps": self.hooks.steps.n_abandoned_steps,
                 **({"filtered_rows": filtered} if filtered else {}),
+                "n_paused_passes": self.hooks.steps.n_paused_passes,
                 **({"missed_steps": missed} if missed else {}),
+                **({"stopped": self.drain.space.note} if self.drain.space.note else {}),
                 "devices": sorted(str(device) for device in self.hooks.devices),
                 "stall_s": self.rings.stall_s,
                 "peak_fill": self.rings.peak_fill,

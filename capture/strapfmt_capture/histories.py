@@ -34,6 +34,8 @@ class History:
         The sequence in each slot.
     n_prompt : ndarray of int64 [n_sequences]
         Length of each one's prompt.
+    tags : ndarray of object [n_sequences], optional
+        Tags of each one, as JSON text.
 
     Attributes
     ----------
@@ -57,10 +59,14 @@ class History:
         "n_prompt",
         "n_tokens",
         "sequence_ids",
+        "tags",
     )
 
-    def __init__(self, sequence_ids: _Int64, n_prompt: _Int64) -> None:
+    def __init__(
+        self, sequence_ids: _Int64, n_prompt: _Int64, tags: NDArray[np.object_] | None = None
+    ) -> None:
         n_sequences = len(sequence_ids)
+        self.tags = np.full(n_sequences, "{}", object) if tags is None else tags
         self.sequence_ids, self.n_prompt = sequence_ids, n_prompt
         self.n_tokens = np.zeros(n_sequences, np.int64)
         self.last_row = np.full(n_sequences, PADDING, np.int64)
@@ -111,12 +117,13 @@ class History:
     def select(self, slots: _Int64) -> None:
         """Fill the slots anew with copies of the slots numbered in `slots`, as a reordered cache does."""
         self.sequence_ids, self.n_prompt = self.sequence_ids[slots], self.n_prompt[slots]
+        self.tags = self.tags[slots]
         self.n_tokens, self.last_row = self.n_tokens[slots], self.last_row[slots]
         self._cells = self._cells[slots]
 
     def copy(self) -> History:
         """Return the history of a copied cache, whose continuations are sequences of their own."""
-        copied = History(self.sequence_ids, self.n_prompt)
+        copied = History(self.sequence_ids, self.n_prompt, self.tags)
         copied.length, copied._cells = self.length, self._cells
         copied.n_tokens, copied.last_row = self.n_tokens, self.last_row
         copied.select(np.arange(len(self)))  # own arrays

@@ -227,7 +227,7 @@ class Hooks:
         self, tap: Tap, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         check_runs_eagerly()
-        if self._is_over or is_computing():
+        if self._is_over or self.steps.is_paused or is_computing():
             return
         with self._producing:
             open_step = self.steps.current()

@@ -18,7 +18,7 @@ import torch
 
 from strapfmt.errors import DrainError
 from strapfmt_capture.device_ring import GPU_RING_BYTES, CudaStreams, DeviceRing, Entry, Streams
-from strapfmt_capture.drain import Events, Item, StepEnd
+from strapfmt_capture.drain import Annotation, Boundary, Events, Item, StepEnd
 from strapfmt_capture.ring import Ring, Signal, Slot
 from strapfmt_capture.turn import Values
 
@@ -85,7 +85,7 @@ class Rings:
             self.host.publish(item)
         else:
             first.add(item)
-            if isinstance(item, StepEnd | Events):
+            if isinstance(item, StepEnd | Events | Boundary | Annotation):
                 self.mark()
 
     def put(self, ring: Ring[Any], values: Values, slot: Slot) -> None:
@@ -111,6 +111,11 @@ class Rings:
     def most_bytes(self) -> int:
         """Bytes of the smallest ring, the most that a slot may have."""
         return min([self.host.n_bytes, *(ring.n_bytes for ring in self.devices.values())])
+
+    @property
+    def n_used(self) -> int:
+        """Bytes in use in all rings; those on their way from one to another count in both."""
+        return self.host.n_used + sum(ring.n_used for ring in self.devices.values())
 
     @property
     def fill(self) -> float:

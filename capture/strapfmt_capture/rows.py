@@ -10,8 +10,8 @@ What a person can rely on, whatever way the model is driven:
 - A sequence goes on as long as its cache does, or, of a model that neither takes nor returns a cache, as long as its
   input is the previous input and one more token. Any other pass begins new sequences.
 - A sequence is a hypothesis, not a place in the batch: beam search moves it between places, and when it branches,
-  the first branch keeps the number and the others get one of their own (`parent_sequence_id`, `fork_position`).
-  Copies of a cache branch in the same way.
+  the first branch keeps the number and the others get one of their own (`parent_sequence_id`, `fork_position`) and
+  the same tags. Copies of a cache branch in the same way.
 - `parent_row` is the row of the token before, through every branching; following it gives the true history.
 - Tokens taken back out of a cache (`crop`: rejected drafts) keep their rows; `row_events` says `rejected`.
 """
@@ -27,10 +27,11 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from strapfmt_capture.arguments import tags_text
 from strapfmt_capture.batches import Batch, Uncached
 from strapfmt_capture.histories import PADDING, CacheWatcher, History
 from strapfmt_capture.inputs import Inputs
+from strapfmt_capture.keys import Keys
+from strapfmt_capture.tags import Tags
 from strapfmt_capture.texts import TokenTexts
 
 __all__ = ["Column", "RowTracker", "Step"]
@@ -93,6 +94,13 @@ class RowTracker:
         Has `decode(list_of_ids)`, and `all_special_ids` if it knows any. None leaves text out.
     tags : mapping or None
         JSON values kept with every sequence.
+
+    Attributes
+    ----------
+    tags : Tags
+        Those of the sequences that begin now.
+    keys : Keys
+        Which keys among them have been carried out.
     """
 
     def __init__(
@@ -104,14 +112,14 @@ class RowTracker:
     ) -> None:
         self._reserve = reserve
         self._texts = None if tokenizer is None else TokenTexts(tokenizer)
-        self._tags = tags_text(tags)
+        self.tags, self.keys = Tags(tags), Keys()
         self._watcher = CacheWatcher(self._reject)
         self._events: list[tuple[_Int64, int]] = []
         self._uncached: Uncached | None = None
         self._output_hook: torch.utils.hooks.RemovableHandle | None = None
         self._step = -1
 
-    def begin(self, module: torch.nn.Module, inputs: Inputs | None) -> Step:
+    def begin(self, module: torch.nn.Module, inputs: Inputs | None, *, has_failed: bool = False) -> Step:
         """Describe the pass that has just begun.
 
         Parameters
@@ -120,8 +128,11 @@ class RowTracker:
             The module that is called.
         inputs : Inputs or None
             What it is given, as `read_inputs` found it when it was called; not kept.
+        has_failed : bool
+            Whether it is known already that it will return nothing.
         """
         if inputs is None:
+            self.tags.check_kept()
             self._step = self._reserve("step", 1)
             return Step(
                 step=self._step,
@@ -147,8 +158,27 @@ class RowTracker:
             self._watcher.watch(inputs.cache, batch.history)
         else:
             batch = self._without_cache(inputs)
-            self._hook_output(module, batch.history)
+            if not has_failed:
+                self._hook_output(module, batch.history)
         return self._record(inputs, batch)
+
+    @property
+    def next_step(self) -> int:
+        """The number of the next step."""
+        return self._reserve("step", 0)
+
+    def end(self, status: str, reason: str | None) -> None:
+        """Take note of what became of the pass that was described last."""
+        self.keys.step_ended(self.tags.take_begun(), status, reason)
+
+    def end_block(self, problem: str | None) -> dict[str, Column] | None:
+        """End a block of passes; return columns of `row_events`, for no step, if it was not carried out."""
+        return self.keys.end_block(problem, self._step)
+
+    def pass_by(self) -> None:
+        """Passes follow that are not described: what an output brings is not the last one's."""
+        self._unhook()
+        self._uncached = None
 
     def take_events(self) -> dict[str, Column] | None:
         """Return what has happened to rows since the last step, as columns of `row_events`, and forget it.
@@ -195,7 +225,8 @@ class RowTracker:
         if before is None or slots is None:
             batch = self._begun(inputs, real, 0)
         else:
-            history = History(before.history.sequence_ids[slots], before.history.n_prompt[slots])
+            former = before.history
+            history = History(former.sequence_ids[slots], former.n_prompt[slots], former.tags[slots])
             batch = self._continued(history, real, before.history.n_tokens[slots])
         self._uncached = None
         if inputs.token_ids is not None:
@@ -223,8 +254,9 @@ class RowTracker:
             return self._packed(inputs, starts)
         n = inputs.n_sequences
         counts = np.full(n, inputs.n_query) if real is None else real.sum(axis=1)
+        tags = self.tags.texts(n)
         first = self._reserve("sequence", n)
-        history = History(np.arange(first, first + n), counts)
+        history = History(np.arange(first, first + n), counts, tags)
         if past:
             history.extend_unknown(past, inputs.n_past_tokens(past))
         return Batch(
@@ -235,7 +267,7 @@ class RowTracker:
             sequence_ids=history.sequence_ids,
             positions=history.n_tokens,
             previous=history.last_row,
-            begins=True,
+            tags=tags,
         )
 
     def _packed(self, inputs: Inputs, starts: NDArray[np.bool_]) -> Batch:
@@ -243,10 +275,11 @@ class RowTracker:
         n, q = inputs.n_sequences, inputs.n_query
         places = np.flatnonzero(starts)
         slots, counts = places // q, np.diff(places, append=n * q)
+        tags = self.tags.texts(len(places))
         first = self._reserve("sequence", len(places))
         sequence_ids = np.arange(first, first + len(places))
         last = np.diff(slots, append=n) > 0
-        history = History(sequence_ids[last], counts[last])
+        history = History(sequence_ids[last], counts[last], tags[last])
         # `append` will count the whole row; a cache made by this pass goes on with the last sequence in it.
         history.n_tokens = counts[last] - q
         return Batch(
@@ -257,7 +290,7 @@ class RowTracker:
             sequence_ids=sequence_ids,
             positions=np.zeros(len(places), np.int64),
             previous=np.full(len(places), PADDING),
-            begins=True,
+            tags=tags,
         )
 
     def _record(self, inputs: Inputs, batch: Batch) -> Step:
@@ -273,6 +306,8 @@ class RowTracker:
             ids = inputs.token_ids.reshape(-1) if selected is None else inputs.token_ids.reshape(-1)[selected]
         is_decode = q == 1 and batch.history.length > 0
         sequences = self._sequences(batch, ids)
+        if batch.tags is not None and batch.counts is not None:
+            self.tags.began(rows, batch.counts)
         if batch.real is None:
             batch.history.append(rows.reshape(n, q))
         else:
@@ -306,7 +341,7 @@ class RowTracker:
 
     def _sequences(self, batch: Batch, ids: _Int64 | None) -> dict[str, Column] | None:
         """Columns of the `sequences` table: what begins in this pass, or branches off in it."""
-        if batch.begins:
+        if batch.tags is not None:
             assert batch.counts is not None
             n = len(batch.sequence_ids)
             prompts = None if ids is None else np.split(ids, np.cumsum(batch.counts)[:-1])
@@ -323,7 +358,7 @@ class RowTracker:
                 "prompt": [None] * n
                 if prompts is None or self._texts is None
                 else [self._texts.of_prompt(prompt) for prompt in prompts],
-                "tags": [self._tags] * n,
+                "tags": batch.tags.tolist(),
             }
         if not batch.branched:
             return None
@@ -338,7 +373,7 @@ class RowTracker:
             "n_prompt_tokens": batch.history.n_prompt[slots].astype(np.int32),
             "prompt_token_ids": [None] * n,
             "prompt": [None] * n,
-            "tags": [self._tags] * n,
+            "tags": batch.history.tags[slots].tolist(),
         }
 
     def _reject(self, rows: _Int64) -> None:

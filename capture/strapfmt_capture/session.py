@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -62,6 +63,7 @@ def capture(
     batch_bytes: int = spec.BATCH_TARGET_BYTES,
     shard_bytes: int = spec.SHARD_TARGET_BYTES,
     commit_interval_s: float = COMMIT_INTERVAL_S,
+    min_free_bytes: int | None = 0,
     progress: bool | None = None,
     quiet: bool = False,
 ) -> Capture:
@@ -117,7 +119,7 @@ def capture(
         End every pass before this block, which saves its time and that of all that follows. What a call returns then
         raises `StoppedPassError` when it is asked for logits or anything else.
     tags : mapping, optional
-        JSON values kept with every sequence.
+        JSON values kept with every sequence; `Capture.tagged` gives more to some.
     mode : {"create", "overwrite", "append"}
         "create" refuses a dataset that exists, "overwrite" replaces it, "append" goes on behind what is committed.
     overwrite : bool
@@ -134,6 +136,10 @@ def capture(
         Target size of a record batch and of a shard.
     commit_interval_s : float
         How much a crash may lose: a commit follows the first step that ends so long after the last one.
+    min_free_bytes : int, optional
+        What must stay free on the disk. Before a pass that might not fit above it, with all that is still to be
+        written, `DiskSpaceError` is raised, and everything captured so far is committed. 0 stops just before the disk
+        is full; None never looks, and a full disk is then a `DrainError` that costs what came since the last commit.
     progress : bool, optional
         Show a line on the standard error stream; None: if it is a terminal.
     quiet : bool
@@ -170,6 +176,7 @@ def capture(
         batch_bytes=batch_bytes,
         shard_bytes=shard_bytes,
         commit_interval_s=commit_interval_s,
+        min_free_bytes=min_free_bytes,
         top_k_logits=top_k_logits,
         stop_at_layer=stop_at_layer,
         selection=Selection.of(
@@ -293,11 +300,106 @@ class Capture:
             n_steps=hooks.steps.n_steps if hooks else 0,
             n_dropped_steps=hooks.steps.n_dropped_steps if hooks else 0,
             n_abandoned_steps=hooks.steps.n_abandoned_steps if hooks else 0,
+            n_paused_passes=hooks.steps.n_paused_passes if hooks else 0,
             n_bytes=drain.n_bytes if drain else 0,
             stall_s=rings.stall_s if rings else 0.0,
             peak_fill=rings.peak_fill if rings else 0.0,
             notes=(*self._remarks, *(_notes(self._engine) if self._engine else ())),
         )
+
+    def tagged(self, tags: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> AbstractContextManager[None]:
+        """Give tags to the sequences that begin inside a `with` block, over those of the capture.
+
+        Sequences that branch off (beams, copies of a cache) have the tags of those they come from.
+
+        The tag `"key"` names a piece of work, for `done`: the passes inside are committed together, when the block
+        has ended, so that a crash leaves all of them or none. If it ends in an exception, or a pass in it was dropped,
+        what was captured stays, and `row_events` says `unfinished` of the first row of its sequences.
+
+        Parameters
+        ----------
+        tags : mapping, or list of mappings
+            JSON values, for all sequences or for each in batch order. Blocks may be nested: the inner one counts.
+
+        Raises
+        ------
+        ArgumentError
+            If `tags` is something else.
+        CaptureError
+            If it is entered inside a forward pass, or the capture is not running. Inside the block, by a pass in which
+            another number of sequences begins than the list has, and by one of a model that is given no tokens.
+        """
+        return self._running("tagged()").steering.tagged(tags)
+
+    def done(self, key: object) -> bool:
+        """Say whether sequences with the tag `"key": key` are in the dataset, whole and committed.
+
+        In this session or an earlier one, by this rank or another as far as it had committed when this was first
+        asked. Sequences of a pass that was dropped or abandoned do not count, nor those of a `tagged` block that was
+        not carried out. What was captured just now counts from its commit on (`commit_interval_s`).
+
+        Parameters
+        ----------
+        key : str, int, or another JSON value
+
+        Raises
+        ------
+        ArgumentError
+            If JSON cannot hold the key.
+        CaptureError
+            If the capture was not entered.
+        """
+        if self._engine is None:
+            raise CaptureError(f"{self.path}: done() reads what the capture has open; enter it first")
+        return self._engine.steering.done(key)
+
+    def mark(self, name: str, /, **attributes: Any) -> None:
+        """Note that the run has reached a point: `cap.mark("phase", name="warm-up")`.
+
+        It is kept with the step under way (the next one, between passes) and the time, committed like everything
+        else, and read from `Dataset.marks` or the table `marks` in SQL.
+
+        Parameters
+        ----------
+        name : str
+        **attributes
+            JSON values.
+
+        Raises
+        ------
+        ArgumentError
+            If JSON cannot hold it, or the marks of this capture exceed 8 MiB.
+        CaptureError
+            If the capture is not running.
+        """
+        self._running("mark()").steering.mark(name, attributes)
+
+    def pause(self) -> None:
+        """Record no forward passes until `resume`; they run as without capture, and the report counts them.
+
+        Sequences whose cache grows meanwhile go on afterwards at the right positions; `parent_row` of their next row
+        is null.
+
+        Raises
+        ------
+        CaptureError
+            If it is called inside a forward pass, or the capture is not running.
+        """
+        self._running("pause()").hooks.steps.pause()
+
+    def resume(self) -> None:
+        """Record forward passes again.
+
+        Raises
+        ------
+        CaptureError
+            If it is called inside a forward pass, or the capture is not running.
+        """
+        self._running("resume()").hooks.steps.resume()
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Pause for the length of a `with` block; one that is paused already stays so."""
+        return self._running("paused()").steering.paused()
 
     def estimate(self, n_tokens: int) -> Estimate:
         """Estimate the bytes that storing the values of `n_tokens` tokens takes, before any codec."""
@@ -312,13 +414,23 @@ class Capture:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}: {len(self._points)} sites, {self._state})"
 
+    def _running(self, what: str) -> Engine:
+        if self._engine is None or self._state != "running":
+            raise CaptureError(
+                f"{self.path}: {what} is for a capture that runs, and this one is {self._state}; call it inside the "
+                "with block"
+            )
+        return self._engine
+
     def _never_fired(self) -> SiteNeverFiredError | None:
         assert self._engine is not None
         silent = [tap.point.site for tap in self._engine.hooks.taps if not tap.n_calls]
         if not silent:
             return None
-        n_steps = self._engine.hooks.steps.n_steps
-        if n_steps == 0:
+        n_steps, n_paused = self._engine.hooks.steps.n_steps, self._engine.hooks.steps.n_paused_passes
+        if n_steps == 0 and n_paused:
+            why = f"all {n_paused} forward passes ran while the capture was paused"
+        elif n_steps == 0:
             why = (
                 f"no forward pass of {type(self._model).__name__} ran inside the with block (calling .forward() "
                 "directly runs no hooks)"
@@ -368,6 +480,8 @@ def _notes(engine: Engine) -> list[str]:
         )
     if engine.hooks.is_at_limit:
         notes.append("max_rows was reached: what the model has run since then has no values")
+    if engine.drain.space.note is not None:
+        notes.append(engine.drain.space.note)
     if engine.tokenizer is not None and engine.tokenizer.note is not None:
         notes.append(engine.tokenizer.note)
     return notes

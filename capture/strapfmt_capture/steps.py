@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from strapfmt.errors import CaptureError, RingFullError
-from strapfmt_capture.drain import Drain, Events, StepEnd, StepStart
+from strapfmt.errors import CaptureError, DiskSpaceError, RingFullError
+from strapfmt_capture.drain import Boundary, Drain, Events, StepEnd, StepStart
 from strapfmt_capture.eager import check_runs_eagerly, is_repetition
 from strapfmt_capture.inputs import Inputs, named_arguments, read_inputs
 from strapfmt_capture.placement import Placement
@@ -95,7 +95,9 @@ class Steps:
     ----------
     process : int
         The one in which passes are recorded.
-    n_steps, n_dropped_steps, n_abandoned_steps, n_tokens : int
+    n_steps, n_dropped_steps, n_abandoned_steps, n_paused_passes, n_tokens : int
+    is_paused : bool
+        Whether passes are counted only.
     """
 
     def __init__(
@@ -111,8 +113,11 @@ class Steps:
         self.process = os.getpid()
         self.n_steps, self.n_dropped_steps, self.n_abandoned_steps, self.n_tokens = 0, 0, 0, 0
         self._rings, self._drain, self._tracker = rings, drain, tracker
+        self.n_paused_passes, self.is_paused = 0, False
         self._on_full, self._on_complete, self._selector = on_full, on_complete, selector
         self._call: _Call | None = None
+        #: The outermost call under way while paused.
+        self._passed_by: FrameType | None = None
         self._thread = 0
 
     def enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -127,6 +132,9 @@ class Steps:
             )
         # The frame two levels up is the call's: as long as it is on the stack, that call is not over.
         frame = sys._getframe(2)
+        if self.is_paused:
+            self._pass_by(frame)
+            return
         call = self._call
         if call is not None:
             if self._is_inside(call, frame):
@@ -139,6 +147,8 @@ class Steps:
     def leave(self) -> None:
         """Take note that a call of a row module is over; the caller's caller is its frame."""
         call, caller = self._call, sys._getframe(2)
+        if self._passed_by is not None and caller in (self._passed_by, self._passed_by.f_back):
+            self._passed_by = None
         # After an exception the hook is called one frame further out.
         if call is None or caller not in (call.frame, call.frame.f_back):
             return
@@ -148,7 +158,7 @@ class Steps:
             return
         if call.open is None:
             with suppress(CaptureError):  # the model's own error is on its way
-                self._begin(call)
+                self._begin(call, has_failed=True)
         self._end(call, "abandoned", _reason(error))
 
     def current(self) -> OpenStep | None:
@@ -156,10 +166,55 @@ class Steps:
         call = self._call
         return None if call is None else call.open or self._begin(call)
 
+    @property
+    def number(self) -> int:
+        """The step under way, else the next one."""
+        open_step = None if self._call is None else self._call.open
+        return self._tracker.next_step if open_step is None else open_step.step.step
+
+    def settle(self, what: str) -> None:
+        """Make sure that no pass is under way; end one that an interrupt has cut off.
+
+        Raises
+        ------
+        CaptureError
+            If `what` was called inside a pass.
+        """
+        frame, call = sys._getframe(1), self._call
+        if call is not None and (threading.get_ident() != self._thread or _is_on_stack(call.frame, frame)):
+            raise CaptureError(f"{what} was called inside a forward pass; call it between passes")
+        if self._passed_by is not None and _is_on_stack(self._passed_by, frame):
+            raise CaptureError(f"{what} was called inside a forward pass; call it between passes")
+        self._passed_by = None
+        if call is not None:
+            self._end(call, "abandoned", "interrupted")
+
+    def pause(self) -> None:
+        """Count passes from here on, and do nothing else with them."""
+        self.settle("pause()")
+        self._tracker.pass_by()
+        self.is_paused = True
+
+    def resume(self) -> None:
+        """Record passes again."""
+        self.settle("resume()")
+        self.is_paused = False
+
+    def end_block(self, error: BaseException | None) -> None:
+        """End a block of passes that are committed together."""
+        if self._call is not None:
+            self._end(self._call, "abandoned", _reason(error))
+        events = self._tracker.end_block(None if error is None else _reason(error))
+        if events is not None:
+            self._rings.publish(Events(columns=events))
+        self._rings.publish(Boundary(is_urgent=self._drain.space.is_short))
+
     def finish(self, error: BaseException | None) -> None:
         """End what is still open: a step that an interrupt has cut off, and what is known of rows since."""
         if self._call is not None:
             self._end(self._call, "abandoned", _reason(error))
+        if self._tracker.keys.is_in_block:
+            self.end_block(error or CaptureError("the capture ended inside tagged()"))
         events = self._tracker.take_events()
         if events is not None:
             self._rings.publish(Events(columns=events))
@@ -210,8 +265,26 @@ class Steps:
                 "sites that fire inside it"
             )
 
-    def _begin(self, call: _Call) -> OpenStep:
+    def _pass_by(self, frame: FrameType) -> None:
+        """Count a pass that is not recorded; calls inside it are part of it."""
+        if self._passed_by is None or not _is_on_stack(self._passed_by, frame):
+            self.n_paused_passes += 1
+            self._passed_by = frame
+
+    def _check_space(self) -> None:
+        """Stop while what was captured still fits on the disk; it is committed at once."""
+        space = self._drain.space
+        was_short = space.is_short
+        try:
+            space.check(self._rings.n_used)
+        except DiskSpaceError:
+            if not was_short and not self._tracker.keys.is_in_block:  # else its end is what can be committed
+                self._rings.publish(Boundary(is_urgent=True))
+            raise
+
+    def _begin(self, call: _Call, *, has_failed: bool = False) -> OpenStep:
         self._drain.check()
+        self._check_space()
         self._rings.check()
         is_full = self._on_full != "block" and self._rings.fill > _FULL_SHARE
         if is_full and self._on_full == "raise":
@@ -219,7 +292,7 @@ class Steps:
                 f"the ring is full ({self._rings.fill:.0%} of {self._rings.most_bytes} bytes wait to be written) and "
                 'on_full="raise"; use "block" or "drop", a larger host_ring_bytes, fewer sites or a faster disk'
             )
-        step = self._tracker.begin(call.module, call.inputs)
+        step = self._tracker.begin(call.module, call.inputs, has_failed=has_failed)
         whole = Placement(n_rows=len(step.rows), index=step.selected, rows=step.rows)
         call.open = OpenStep(
             step=step,
@@ -257,6 +330,7 @@ class Steps:
     def _end(self, call: _Call, status: str, reason: str | None) -> None:
         if call.open is not None:  # else it was cut off before anything happened
             self.n_abandoned_steps += status == "abandoned"
+            self._tracker.end(status, reason)
             self._rings.publish(
                 StepEnd(
                     step=call.open.step,
@@ -265,6 +339,7 @@ class Steps:
                     status=status,
                     reason=reason,
                     dropped=call.open.dropped,
+                    is_whole=not self._tracker.keys.is_in_block,
                 )
             )
         self._call = None

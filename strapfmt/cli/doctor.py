@@ -50,7 +50,7 @@ _KNOWN = (
 def doctor(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="[DIRECTORY]", help="Where datasets are to be written.", show_default=False),
+        typer.Argument(metavar="DIRECTORY", help="Where datasets are to be written.", show_default=False),
     ] = Path(),
     model: Annotated[
         str | None,

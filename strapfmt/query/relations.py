@@ -4,6 +4,7 @@
 tokens, sequences,    as stored
 steps, row_events
 sites                 one row per site
+marks                 one row per annotation of the run
 a site's own name     row, statistics, [shape,] activation. A site that numbers its rows itself has `own_row`,
                       `token_row` and `call` instead of `row`: joining its numbers with those of tokens by
                       `USING (row)` is an error, never a wrong answer.
