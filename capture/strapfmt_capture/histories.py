@@ -52,6 +52,7 @@ class History:
     __slots__ = (
         "_cells",
         "_has_padding",
+        "_lines",
         "_own_from",
         "is_copy",
         "last_row",
@@ -74,6 +75,8 @@ class History:
         self.length = 0
         self._has_padding = False
         self._own_from = 0  # places before this one are those of the copied cache
+        # Of each slot, the sequences its tokens are of, oldest first: the first position of each, and its number.
+        self._lines: list[tuple[tuple[int, int], ...]] = [((0, each),) for each in sequence_ids.tolist()]
         self._cells = np.empty((n_sequences, _FIRST_CAPACITY), np.int64)
 
     def __len__(self) -> int:
@@ -120,11 +123,12 @@ class History:
         self.tags = self.tags[slots]
         self.n_tokens, self.last_row = self.n_tokens[slots], self.last_row[slots]
         self._cells = self._cells[slots]
+        self._lines = [self._lines[slot] for slot in slots.tolist()]
 
     def copy(self) -> History:
         """Return the history of a copied cache, whose continuations are sequences of their own."""
         copied = History(self.sequence_ids, self.n_prompt, self.tags)
-        copied.length, copied._cells = self.length, self._cells
+        copied.length, copied._cells, copied._lines = self.length, self._cells, self._lines
         copied.n_tokens, copied.last_row = self.n_tokens, self.last_row
         copied.select(np.arange(len(self)))  # own arrays
         copied.is_copy, copied._own_from, copied._has_padding = True, self.length, self._has_padding
@@ -152,7 +156,8 @@ class History:
     def settle(self, next_sequence: Callable[[int], int]) -> list[tuple[int, int]]:
         """Give every slot a sequence of its own, now that its next token is known to come.
 
-        Of several slots with one sequence the first keeps it.
+        Of several slots with one sequence the first keeps it. One that was cut behind the place where its sequence
+        had branched off branches anew, from the sequence of the token that is now its last.
 
         Parameters
         ----------
@@ -165,17 +170,25 @@ class History:
             The slots that got a new sequence, and the sequence each of them branched off.
         """
         seen: set[int] = set()
-        branched = []
-        for slot, sequence in enumerate(self.sequence_ids.tolist()):
-            if self.is_copy or sequence in seen:
-                branched.append((slot, sequence))
+        slots = []
+        for slot, (sequence, n_tokens) in enumerate(
+            zip(self.sequence_ids.tolist(), self.n_tokens.tolist(), strict=True)
+        ):
+            if self.is_copy or sequence in seen or n_tokens < self._lines[slot][-1][0]:
+                slots.append(slot)
             seen.add(sequence)
-        if branched:
-            slots = [slot for slot, _ in branched]
-            first = next_sequence(len(slots))
-            self.sequence_ids[slots] = np.arange(first, first + len(slots))
-            self.is_copy = False
-        return branched
+        self.is_copy = False
+        first = next_sequence(len(slots)) if slots else 0
+        return [(slot, self._branch(slot, first + number)) for number, slot in enumerate(slots)]
+
+    def _branch(self, slot: int, sequence: int) -> int:
+        """Let a slot go on as another sequence; return the one that its last token is of."""
+        n_tokens = int(self.n_tokens[slot])
+        line = tuple(each for each in self._lines[slot] if each[0] < n_tokens)
+        self._lines[slot] = (*line, (n_tokens, sequence))
+        parent = line[-1][1] if line else int(self.sequence_ids[slot])
+        self.sequence_ids[slot] = sequence
+        return parent
 
     def _extend(self, cells: _Int64) -> None:
         length = self.length + cells.shape[1]
