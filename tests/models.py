@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 PAD, BOS, EOS = 0, 1, 2
 VOCAB_SIZE = 101
@@ -72,18 +79,54 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 }
 FAMILIES: list[str] = list(_FAMILIES)
 
+_STACKS: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "d_model": D_MODEL,
+    "encoder_layers": N_LAYERS,
+    "decoder_layers": N_LAYERS,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 128,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "decoder_start_token_id": BOS,
+    "forced_eos_token_id": None,
+}
+_ENCODER_DECODERS: dict[str, dict[str, Any]] = {
+    "bart": _STACKS,
+    "marian": {**_STACKS, "decoder_vocab_size": VOCAB_SIZE},
+    "mbart": _STACKS,
+    "pegasus": _STACKS,
+    "t5": {
+        "vocab_size": VOCAB_SIZE,
+        "d_model": D_MODEL,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": N_LAYERS,
+        "num_heads": 4,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "decoder_start_token_id": BOS,
+    },
+    "whisper": {**_STACKS, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 64},
+}
+ENCODER_DECODERS: list[str] = list(_ENCODER_DECODERS)
+
 
 def tiny_model(
     family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> PreTrainedModel:
-    """Build a causal language model of `family` with random weights, in `eval` mode.
+    """Build a language model of `family`, causal or encoder-decoder, with random weights, in `eval` mode.
 
     Two layers, width 32, 101 tokens (the vocabulary of `tiny_tokenizer`), about 30,000 parameters.
 
     Parameters
     ----------
     family : str
-        One of `FAMILIES`.
+        One of `FAMILIES` or `ENCODER_DECODERS`.
     seed : int
         The weights follow from it alone; the global random state is left as it was.
     dtype : torch.dtype
@@ -92,10 +135,15 @@ def tiny_model(
         Config entries; `attn_implementation` is understood as well.
     """
     attn_implementation = overrides.pop("attn_implementation", None)
-    config = AutoConfig.for_model(family, **{**_BASE, **_FAMILIES[family], **overrides})
+    if family in _ENCODER_DECODERS:
+        config = AutoConfig.for_model(family, **{**_ENCODER_DECODERS[family], **overrides})
+        kind: Any = AutoModelForSpeechSeq2Seq if family == "whisper" else AutoModelForSeq2SeqLM
+    else:
+        config = AutoConfig.for_model(family, **{**_BASE, **_FAMILIES[family], **overrides})
+        kind = AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+        model = kind.from_config(config, attn_implementation=attn_implementation)
         with torch.no_grad():
             for parameter in model.parameters():  # norms off 1, biases off 0: no two places hold equal values
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)

@@ -446,7 +446,11 @@ def test_the_model_may_be_copied_inside(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
     with strapfmt.capture(model, tmp_path / "x.strap", sites="logits", quiet=True):
         copied = copy.deepcopy(model)
-        assert torch.equal(copied(input_ids=IDS).logits, model(input_ids=IDS).logits)
+        copied.lm_head.weight.data.add_(1)  # another model: what it does belongs to no row of this one
+        assert not torch.equal(copied(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    stored = Reader(tmp_path / "x.strap")
+    assert len(stored.steps) == 1
+    assert torch.equal(stored["logits"][:], model(input_ids=IDS).logits.detach().flatten(0, 1))
 
 
 # Rows and sites that do not fit.

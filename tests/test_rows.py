@@ -70,6 +70,8 @@ class Recorder:
 
     def _leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         self._depth -= 1
+        if self._depth == 0:
+            self.tracker.returned(output)
         if self._depth == 0 and getattr(output, "logits", None) is not None:
             self.values.append(output.logits.detach().clone())
 

@@ -397,7 +397,7 @@ def test_rows_that_were_dropped_do_not_count_towards_max_rows(model: PreTrainedM
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"phases": "encode"}, 'phases: expected "prefill", "decode" or both, got \'encode\''),
+        ({"phases": "read"}, 'phases: expected some of "prefill", "decode" and "encode", got \'read\''),
         ({"phases": []}, "phases: expected"),
         ({"phases": 3}, "phases: expected"),
         ({"every": 0}, "every: expected a whole number of at least 1, got 0"),

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import D_MODEL, FAMILIES, N_LAYERS, PAD, VOCAB_SIZE, hidden_states, tiny_model
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from models import D_MODEL, ENCODER_DECODERS, FAMILIES, N_LAYERS, VOCAB_SIZE, hidden_states, tiny_model
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from strapfmt.errors import ArgumentError, CaptureError, CompiledModelError, SiteNotFoundError
 from strapfmt_capture.architectures import ARCHITECTURES, Architecture
@@ -125,7 +125,7 @@ def test_the_middle_of_the_stream_exists_where_attention_and_mlp_take_turns(
 
 
 def test_every_architecture_in_the_table_is_tested() -> None:
-    assert set(ARCHITECTURES) == set(FAMILIES)
+    assert set(ARCHITECTURES) == {*FAMILIES, *ENCODER_DECODERS}
 
 
 def test_a_norm_after_the_block_leaves_out_the_middle_of_opt() -> None:
@@ -440,13 +440,11 @@ def test_whatever_is_entered_first_can_begin_a_step() -> None:
     assert row_modules(layer) == [layer]
 
 
-def test_an_encoder_decoder_is_refused() -> None:
-    config = T5Config(vocab_size=50, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, pad_token_id=PAD)
-    model = T5ForConditionalGeneration(config)
-    with pytest.raises(CaptureError, match=r"encoder-decoder.*get_encoder"):
-        row_modules(model)
-    encoder = model.get_encoder()
-    assert row_modules(encoder) == [encoder]
+def test_an_encoder_and_a_decoder_can_begin_a_step_whatever_they_are_given() -> None:
+    for family in ("t5", "whisper"):
+        model = tiny_model(family)
+        assert row_modules(model)[:3] == [model, model.get_encoder(), model.get_decoder()]
+        assert row_modules(model.get_encoder()) == [model.get_encoder()]
 
 
 class _Compiled(torch.nn.Module):

@@ -18,7 +18,7 @@ from typing import Any
 __all__ = ["ARCHITECTURES", "HEADS", "Architecture"]
 
 # Names a language-model head has, next to the decoder or above it.
-HEADS = ("lm_head", "embed_out")
+HEADS = ("lm_head", "embed_out", "proj_out")
 
 
 def _always(config: Any) -> bool:
@@ -73,6 +73,14 @@ class Architecture:
     in_float32 : callable
         The sites (without `blocks.N.`) that are float32 whatever the type of the weights; what enters the first block
         is what the embedding gives. For listings only.
+    cross_attn_out : str
+        In the decoder of an encoder-decoder model, the module whose output is what attention to the encoder adds to
+        the stream.
+    attn_pattern_index : int
+        Where the attention pattern is among the outputs of `attn`.
+    encoder : Architecture, optional
+        The record of the encoder, in an encoder-decoder model; all else is then about its decoder. The names of both
+        begin with `encoder.` and `decoder.`.
     """
 
     embed: str
@@ -88,6 +96,9 @@ class Architecture:
     resid_mid_if: Callable[[Any], bool] = _always
     logits_after_head: Callable[[Any], bool] = _never
     in_float32: Callable[[Any], tuple[str, ...]] = _nothing
+    cross_attn_out: str = ""
+    attn_pattern_index: int = 1
+    encoder: Architecture | None = None
 
 
 def _soft_capped(config: Any) -> bool:
@@ -123,8 +134,35 @@ _MAMBA = Architecture(
     logits_after_head=_always,
     in_float32=_float32_of_mamba,
 )
+# Post-norm, as in BART: there is no module whose input is the stream between attention and MLP.
+_BART_STACK = Architecture(
+    embed="embed_tokens", blocks="layers", final_norm="layer_norm", attn="self_attn", mlp_out="fc2"
+)
+_BART = replace(
+    _BART_STACK, cross_attn_out="encoder_attn", logits_after_head=_always, encoder=_BART_STACK
+)  # a bias is added to what the head returns
+_MBART_STACK = replace(_BART_STACK, resid_mid="final_layer_norm")
+_MBART = replace(_BART, resid_mid="final_layer_norm", encoder=_MBART_STACK)
+_T5_ENCODER = Architecture(
+    embed="embed_tokens",
+    blocks="block",
+    final_norm="final_layer_norm",
+    attn="layer.0.SelfAttention",
+    attn_out="layer.0.dropout",
+    mlp_out="layer.1.dropout",
+    resid_mid="layer.1",
+    attn_pattern_index=2,
+)
+_T5 = replace(
+    _T5_ENCODER,
+    mlp_out="layer.2.dropout",
+    resid_mid="layer.2",
+    cross_attn_out="layer.1.dropout",
+    encoder=_T5_ENCODER,
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "bart": _BART,
     "bloom": Architecture(
         embed="word_embeddings",
         blocks="h",
@@ -175,6 +213,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
     "mamba": _MAMBA,
     "mamba2": _MAMBA,
+    "marian": _BART,
+    "mbart": _MBART,
     "mistral": _LLAMA,
     "mixtral": replace(_MOE, in_float32=lambda config: ("expert_weights",)),
     "olmo": _LLAMA,
@@ -191,6 +231,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         resid_mid="final_layer_norm",
         resid_mid_if=lambda config: config.do_layer_norm_before,
     ),
+    "pegasus": _MBART,
     "phi": replace(_LLAMA, final_norm="final_layernorm", resid_mid=""),
     "phi3": replace(_LLAMA, attn_out="resid_attn_dropout", mlp_out="resid_mlp_dropout"),
     "qwen2": _LLAMA,
@@ -202,4 +243,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         _LLAMA, mlp_out="dropout", resid_mid_if=lambda config: not config.use_parallel_residual
     ),
     "starcoder2": _LLAMA,
+    "t5": _T5,
+    "whisper": replace(_MBART, logits_after_head=_never),
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
 from strapfmt_capture.histories import PADDING, History
@@ -24,8 +25,8 @@ class Batch:
 
     `real` is `[n_sequences, n_query]`, None without padding; the arrays have one entry per run: its slot, its number
     of tokens, its sequence, the position of its first token and the row before that (negative for none). `counts` may
-    be None for runs of `n_query` each. `tags` are those of sequences that begin, None if all go on. Of sequences that
-    branch: slot, parent and fork position.
+    be None for runs of `n_query` each. `tags` are those of sequences that begin, None if all go on; `sources` the
+    encoder's sequences they attend to, -1 where unknown. Of sequences that branch: slot, parent and fork position.
     """
 
     history: History
@@ -36,6 +37,7 @@ class Batch:
     positions: _Int64
     previous: _Int64
     tags: NDArray[np.object_] | None = None
+    sources: _Int64 | None = None
     branched: Sequence[tuple[int, int, int]] = ()
 
     def columns(self, rows: _Int64, n_query: int) -> dict[str, NDArray[Any] | pa.Array]:
@@ -65,6 +67,7 @@ class Uncached:
     history: History
     token_ids: _Int64
     real: NDArray[np.bool_] | None
+    encoded: torch.Tensor | None
 
     def slots_of(self, inputs: Inputs, real: NDArray[np.bool_] | None) -> _Int64 | None:
         """The slot each sequence of a pass was in before, by its tokens; None if it is not the same ones."""
@@ -81,7 +84,15 @@ class Uncached:
         if moved.size:  # beam search
             known = {before[slot].tobytes(): slot for slot in reversed(range(n))}
             slots[moved] = [known.get(now[slot].tobytes(), -1) for slot in moved]
-        return None if (slots < 0).any() else slots
+        if (slots < 0).any() or not self._attends_alike(inputs.encoded, slots):
+            return None
+        return slots
+
+    def _attends_alike(self, encoded: torch.Tensor | None, slots: _Int64) -> bool:
+        """Whether each slot attends to what the slot it was in before did."""
+        if encoded is None or self.encoded is None:
+            return encoded is self.encoded
+        return encoded.shape == self.encoded.shape and torch.equal(encoded, self.encoded[slots])
 
     @staticmethod
     def _signed(ids: _Int64, real: NDArray[np.bool_] | None) -> _Int64:

@@ -22,6 +22,7 @@ from strapfmt.writer import DatasetWriter
 from strapfmt_capture.channels import Channels, facts_of
 from strapfmt_capture.disk_space import DiskSpace
 from strapfmt_capture.drain import Drain
+from strapfmt_capture.encoders import stacks_of
 from strapfmt_capture.hookpoints import HookPoint, hook_points
 from strapfmt_capture.hooks import Hooks, OnFull
 from strapfmt_capture.progress import ProgressLine
@@ -106,7 +107,10 @@ class Engine:
         self._is_running = False
         self.rings = Rings(Ring(options.host_ring_bytes), gpu_ring_bytes=options.gpu_ring_bytes)
         self.tokenizer = None if tokenizer is None else ForgivingTokenizer(tokenizer)
-        self.tracker = RowTracker(reserve=self._reserve, tokenizer=self.tokenizer, tags=tags)
+        encoders = stacks_of(model).inside_encoders()
+        self.tracker = RowTracker(
+            reserve=self._reserve, tokenizer=self.tokenizer, tags=tags, encoders=encoders
+        )
         heads = _head_paths(model)
         _check_takes_hooks(model, points, modules)
         facts = {

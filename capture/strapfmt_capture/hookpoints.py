@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = [
     "find_decoder",
     "find_decoders",
     "hook_points",
+    "named_decoders",
 ]
 
 #: What `logits` are stored as where the largest only are wanted.
@@ -139,7 +141,7 @@ class HookPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """A decoder of a known architecture, found inside a model (below a wrapper, or beside a vision tower).
+    """A stack of blocks of a known architecture, found inside a model (below a wrapper, or beside a vision tower).
 
     Attributes
     ----------
@@ -151,6 +153,8 @@ class Decoder:
         Its record.
     head, language_model : str or None
         Paths of the head and of the module that owns it, for a model that has one.
+    stack : {"", "encoder", "decoder"}
+        Which of the two it is in an encoder-decoder model; its sites' names begin with that.
     """
 
     path: str
@@ -158,6 +162,7 @@ class Decoder:
     architecture: Architecture
     head: str | None
     language_model: str | None
+    stack: str = ""
 
     @property
     def config(self) -> Any:
@@ -185,6 +190,18 @@ def find_decoder(model: torch.nn.Module) -> Decoder | None:
     return next(find_decoders(model), None)
 
 
+def named_decoders(model: torch.nn.Module) -> list[Decoder]:
+    """Return what the uniform names are about: the first decoder in `model`, or the first encoder and decoder of one.
+
+    Empty for a model of no known architecture.
+    """
+    decoders = list(find_decoders(model))
+    if not decoders or not decoders[0].stack:
+        return decoders[:1]
+    first = {decoder.stack: decoder for decoder in reversed(decoders)}
+    return [first[stack] for stack in ("encoder", "decoder") if stack in first]
+
+
 def find_decoders(model: torch.nn.Module) -> Iterator[Decoder]:
     """Yield the decoders in `model` whose `config.model_type` is in the table, each once."""
     seen: list[torch.nn.Module] = []  # their blocks, which a wrapper (PEFT) passes off as its own
@@ -197,9 +214,14 @@ def find_decoders(model: torch.nn.Module) -> Iterator[Decoder]:
         if any(blocks is each for each in seen):
             continue
         seen.append(blocks)
-        head = _find_head(model, path)
+        stack = _stack(module, architecture)
+        if architecture.encoder is not None and not _attends_to_encoder(module):
+            architecture = architecture.encoder
+        head = None if stack == "encoder" else _find_head(model, path)
         owner = None if head is None else head.rpartition(".")[0]
-        yield Decoder(path=path, module=module, architecture=architecture, head=head, language_model=owner)
+        yield Decoder(
+            path=path, module=module, architecture=architecture, head=head, language_model=owner, stack=stack
+        )
 
 
 def hook_points(model: torch.nn.Module, *, top_k_logits: int | None = None) -> dict[str, HookPoint]:
@@ -226,6 +248,9 @@ def hook_points(model: torch.nn.Module, *, top_k_logits: int | None = None) -> d
     - `logits`: what the model returns, after soft-capping or scaling where there is any.
     - `logits.top_values`, `logits.top_ids`: `(top_k_logits,)` per token, only where that is given.
 
+    In an encoder-decoder model all but `logits` begin with `encoder.` or `decoder.`, and the decoder has
+    `decoder.blocks.N.cross_attn_out`, which comes between `attn_out` and `resid_mid`.
+
     Empty for a model of no known architecture, where module paths are the sites.
 
     Raises
@@ -233,11 +258,9 @@ def hook_points(model: torch.nn.Module, *, top_k_logits: int | None = None) -> d
     ArgumentError
         If `top_k_logits` is more than the vocabulary has.
     """
-    decoder = find_decoder(model)
-    if decoder is None:
-        return {}
-    points = {point.site: point for point in _uniform(decoder)}
+    points = {point.site: point for decoder in named_decoders(model) for point in _uniform(decoder)}
     if top_k_logits is not None and "logits" in points:
+        decoder = named_decoders(model)[-1]
         points |= {point.site: point for point in _largest(points["logits"], decoder, top_k_logits)}
     return points
 
@@ -247,7 +270,8 @@ def _uniform(decoder: Decoder) -> Iterator[HookPoint]:
     architecture, module = decoder.architecture, decoder.module
 
     def point(site: str, path: str, where: str = "out", **options: Any) -> HookPoint:
-        return HookPoint(site=site, module_path=_join(decoder.path, path), where=where, **options)
+        name = _join(decoder.stack, site)
+        return HookPoint(site=name, module_path=_join(decoder.path, path), where=where, **options)
 
     if _child(module, architecture.embed) is not None:
         yield point("embed", architecture.embed)
@@ -261,11 +285,13 @@ def _uniform(decoder: Decoder) -> Iterator[HookPoint]:
             yield point(
                 f"{name}.attn_pattern",
                 _join(path, architecture.attn),
-                index=1,
+                index=architecture.attn_pattern_index,
                 heads_first=True,
                 advice=EAGER_ADVICE,
             )
             yield point(f"{name}.attn_out", _join(path, attn_out))
+        if decoder.stack == "decoder" and architecture.cross_attn_out:
+            yield point(f"{name}.cross_attn_out", _join(path, architecture.cross_attn_out))
         if _child(block, architecture.mixer) is not None:
             mixer = _join(path, architecture.mixer)
             yield point(f"{name}.ssm_state", mixer, is_last=True, compute=ssm_state, advice=_CACHE_ADVICE)
@@ -297,6 +323,18 @@ def _largest(logits: HookPoint, decoder: Decoder, k: int) -> Iterator[HookPoint]
     values, ids = TOP_SITES
     yield replace(logits, site=values, compute=TopK(k, "values"))
     yield replace(logits, site=ids, compute=TopK(k, "ids"))
+
+
+def _stack(module: torch.nn.Module, architecture: Architecture) -> str:
+    """Which stack of an encoder-decoder model this is, "" if it was made to be alone."""
+    if architecture.encoder is None or not getattr(module.config, "is_encoder_decoder", False):
+        return ""
+    return "decoder" if _attends_to_encoder(module) else "encoder"
+
+
+def _attends_to_encoder(module: torch.nn.Module) -> bool:
+    takes = "encoder_hidden_states" in inspect.signature(module.forward).parameters
+    return takes and bool(getattr(module, "is_decoder", True))  # both stacks of T5 are of one class
 
 
 def _first_tensor(values: Sequence[Any]) -> Any:

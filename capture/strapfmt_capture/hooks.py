@@ -7,7 +7,7 @@ reach it.
   of its own every firing adds rows.
 - A firing outside any step (a part of the model is called directly) is a CaptureError, but for the second forward pass
   that gradient checkpointing makes inside backward: the values of the first are kept, the repetition is ignored.
-- Once the capture is over, hooks that a copy of the model has taken along do nothing.
+- Hooks that a copy of the model has taken along do nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from strapfmt_capture.channels import Channels
 from strapfmt_capture.computed import is_computing
 from strapfmt_capture.drain import Drain
 from strapfmt_capture.eager import check_runs_eagerly, is_repetition
+from strapfmt_capture.encoders import stacks_of
 from strapfmt_capture.hookpoints import HookPoint
 from strapfmt_capture.placement import Layout, Placement, declare
 from strapfmt_capture.ring import Ring, Slot
@@ -59,6 +60,8 @@ class Tap:
         Whether it may leave out all but the last positions.
     channels : Channels or None
         Which elements of its last dimension are stored.
+    in_encoder : bool
+        Whether it fires in the encoder of an encoder-decoder model.
     layout : Layout or None
         None until it has fired.
     n_calls : int
@@ -68,12 +71,13 @@ class Tap:
     filtered : int
         Rows it has produced that are not wanted.
     n_missed : int
-        Complete steps in which it did not fire, of those that have tokens.
+        Complete steps in which it did not fire, of those that have tokens and are the encoder's, or not, like it.
     """
 
     point: HookPoint
     is_head: bool
     channels: Channels | None = None
+    in_encoder: bool = False
     layout: Layout | None = None
     n_calls: int = 0
     expected: int = 0
@@ -148,9 +152,9 @@ class Hooks:
         # A model that runs parts of itself in several threads fires sites in all of them.
         self._producing = threading.Lock()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hooks:
-        # A copy of a hooked model takes its hooks along; they are these.
-        return self
+    def __deepcopy__(self, memo: dict[int, Any]) -> _NoHooks:
+        # A copy of a hooked model takes its hooks along; it is another model, whose tokens and values are not stored.
+        return _NoHooks()
 
     def __reduce__(self) -> tuple[type[_NoHooks], tuple[()]]:
         # A hooked model that is stored leaves them behind.
@@ -166,10 +170,16 @@ class Hooks:
     def attached(self, model: torch.nn.Module, row_modules: Iterable[torch.nn.Module]) -> Iterator[None]:
         """Attach all hooks; they are gone on exit, whatever happened.
 
-        Of the modules that may begin a step, those inside `model` that hold no site are left alone.
+        Of the modules that may begin a step, those inside `model` that hold no site are left alone, but for encoder
+        and decoder: the tokens of both are stored.
         """
         tapped = {model.get_submodule(tap.point.module_path) for tap in self.taps}
-        modules = [each for each in row_modules if each is model or not tapped.isdisjoint(each.modules())]
+        stacks = stacks_of(model)
+        always = {model, *stacks.encoders, *stacks.decoders}
+        modules = [each for each in row_modules if each in always or not tapped.isdisjoint(each.modules())]
+        encoders = stacks.inside_encoders()
+        for tap in self.taps:
+            tap.in_encoder = model.get_submodule(tap.point.module_path) in encoders
         with ExitStack() as handles:
             for module in modules:
                 handle = module.register_forward_pre_hook(self.enter, with_kwargs=True)
@@ -203,7 +213,7 @@ class Hooks:
     def leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """Run after a row module, also when it has failed."""
         if not self._is_over:
-            self.steps.leave()
+            self.steps.leave(output)
 
     def on_input(
         self, tap: Tap, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -301,7 +311,8 @@ class Hooks:
         if len(step.rows):
             for tap in self.taps:
                 is_own = tap.layout is not None and tap.layout.ndim is not None
-                tap.n_missed += tap.last_step != step.step and not is_own
+                is_elsewhere = tap.in_encoder != (step.phase == "encode")
+                tap.n_missed += tap.last_step != step.step and not is_own and not is_elsewhere
 
     def _declare(
         self, tap: Tap, x: torch.Tensor, chosen: npt.NDArray[np.int64] | None, open_step: OpenStep
@@ -415,9 +426,14 @@ def _sent(index: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
 
 
 class _NoHooks:
-    """What is left of `Hooks` in a model that was stored while it was captured: it does nothing."""
+    """What is left of `Hooks` in a model that was copied or stored while it was captured: it does nothing.
+
+    A copied hook is still a method of `Hooks`, and finds here what it asks for.
+    """
+
+    _is_over = True
 
     def enter(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing."""
 
-    leave = on_input = on_output = enter
+    leave = on_input = on_output = on_call = _fire = enter

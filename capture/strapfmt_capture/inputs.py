@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from strapfmt.errors import CaptureError
 from strapfmt_capture.eager import has_values
+from strapfmt_capture.encoders import vectors_of
 from strapfmt_capture.histories import cache_length
 
 __all__ = ["Inputs", "named_arguments", "read_inputs"]
@@ -23,6 +24,8 @@ _TOKEN_NAMES = ("input_ids", "idx", "tokens", "token_ids")
 _CACHE_NAMES = ("past_key_values", "cache_params", "layer_past")
 # All that says which tokens a pass is about.
 _NAMES = (*_TOKEN_NAMES, *_CACHE_NAMES, "inputs_embeds", "attention_mask", "position_ids")
+# What only a module that holds both an encoder and a decoder takes.
+_DECODER_NAMES = ("decoder_input_ids", "decoder_inputs_embeds")
 # What is added to a score is a bias above this, and below it an end to attention.
 _NOT_ATTENDED = -9e3
 # Arguments that only a paged cache has: there the rows of one pass belong to many requests.
@@ -55,6 +58,11 @@ class Inputs:
     boundaries: torch.Tensor | None
     module: torch.nn.Module
     given: Mapping[str, Any]
+
+    @property
+    def encoded(self) -> torch.Tensor | None:
+        """What a decoder is given of its encoder: `vectors_of` that, one for each sequence; None if nothing."""
+        return vectors_of(self.given.get("encoder_hidden_states"), self.n_sequences)
 
     def is_read_from(self, given: Mapping[str, Any]) -> bool:
         """Whether another call is given the very same objects, so that reading them again would tell nothing new."""
@@ -182,14 +190,15 @@ def read_inputs(module: torch.nn.Module, given: Mapping[str, Any]) -> Inputs | N
     Returns
     -------
     Inputs or None
-        None if the module is given no tokens.
+        None if the module is given no tokens, or those of two streams: an encoder-decoder model, whose encoder and
+        decoder know better.
 
     Raises
     ------
     CaptureError
         For caches and masks that cannot be followed: tuples of tensors, block masks, paged batches.
     """
-    shaped = _token_ids(given)
+    shaped = None if _has_two_streams(module, given) else _token_ids(given)
     if shaped is None:
         return None
     token_ids, n_sequences, n_query = shaped
@@ -219,6 +228,11 @@ def named_arguments(
     if not args:
         return kwargs
     return {**dict(zip(_parameter_names(type(_unwrapped(module)).forward), args, strict=False)), **kwargs}
+
+
+def _has_two_streams(module: torch.nn.Module, given: Mapping[str, Any]) -> bool:
+    takes = _parameter_names(type(_unwrapped(module)).forward)
+    return any(name in takes or given.get(name) is not None for name in _DECODER_NAMES)
 
 
 def _int64(token_ids: torch.Tensor) -> NDArray[np.int64]:

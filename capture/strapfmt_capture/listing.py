@@ -12,7 +12,7 @@ from typing import overload
 import torch
 
 from strapfmt_capture.computed import TopK
-from strapfmt_capture.hookpoints import Decoder, HookPoint, find_decoder, hook_points
+from strapfmt_capture.hookpoints import Decoder, HookPoint, hook_points, named_decoders
 
 __all__ = ["SiteInfo", "SiteListing", "describe"]
 
@@ -99,10 +99,10 @@ def describe(model: torch.nn.Module, points: Iterable[HookPoint]) -> list[SiteIn
     list of SiteInfo
         One per hook point, in their order.
     """
-    decoder = find_decoder(model)
+    decoders = named_decoders(model)
     modules = dict(model.named_modules())
     uniform = {point.hook_point: point for point in hook_points(model).values() if _is_first_output(point)}
-    return [_info(point, modules[point.module_path], decoder, uniform) for point in points]
+    return [_info(point, modules[point.module_path], decoders, uniform) for point in points]
 
 
 def _is_first_output(point: HookPoint) -> bool:
@@ -111,9 +111,12 @@ def _is_first_output(point: HookPoint) -> bool:
 
 
 def _info(
-    point: HookPoint, module: torch.nn.Module, decoder: Decoder | None, uniform: dict[str, HookPoint]
+    point: HookPoint, module: torch.nn.Module, decoders: Sequence[Decoder], uniform: dict[str, HookPoint]
 ) -> SiteInfo:
     known = point if point.is_uniform else uniform.get(point.hook_point)
+    # The last one, but for what is inside another: an encoder.
+    inside = [each for each in decoders if f"{point.module_path}.".startswith(f"{each.path}.")]
+    decoder = next(iter([*inside, *reversed(decoders)]), None)
     if decoder is not None and known is not None:
         shape, dtype = _uniform_shape(known, module, decoder), _uniform_dtype(known, decoder)
     elif decoder is not None and point.module_path.endswith("." + decoder.architecture.attn):
@@ -138,7 +141,8 @@ def _uniform_shape(point: HookPoint, module: torch.nn.Module, decoder: Decoder) 
     config = decoder.config
     match point.site.rpartition(".")[2]:
         case "attn_pattern":
-            return (config.num_attention_heads, -1)
+            n_heads = getattr(config, f"{decoder.stack}_attention_heads", config.num_attention_heads)
+            return (n_heads, -1)
         case "router_logits":
             return tuple(module.get_parameter("weight").shape[:1])
         case "expert_weights" | "expert_ids":

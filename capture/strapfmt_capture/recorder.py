@@ -157,7 +157,7 @@ class Recorder:
         sequence_id: Integers | None = None,
         position: Integers | None = None,
         n: int | None = None,
-        phase: Literal["prefill", "decode"] = "prefill",
+        phase: Literal["prefill", "decode", "encode"] = "prefill",
     ) -> TokenRows:
         """Describe tokens of the current step, to write values of them at any number of sites.
 
@@ -171,7 +171,7 @@ class Recorder:
             Place of each token in its sequence. None goes on behind the last token of each.
         n : int, optional
             How many tokens there are, if nothing else says so.
-        phase : {"prefill", "decode"}
+        phase : {"prefill", "decode", "encode"}
 
         Returns
         -------
@@ -183,8 +183,8 @@ class Recorder:
         ArgumentError
             If the arrays do not fit together.
         """
-        if phase not in ("prefill", "decode"):
-            raise ArgumentError(f"phase: expected 'prefill' or 'decode', got {phase!r}")
+        if phase not in ("prefill", "decode", "encode"):
+            raise ArgumentError(f"phase: expected 'prefill', 'decode' or 'encode', got {phase!r}")
         step = self._begin()
         rows = self._book.add(
             step=step.number,

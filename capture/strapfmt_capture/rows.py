@@ -13,13 +13,16 @@ What a person can rely on, whatever way the model is driven:
   the first branch keeps the number and the others get one of their own (`parent_sequence_id`, `fork_position`) and
   the same tags. Copies of a cache branch in the same way.
 - `parent_row` is the row of the token before, through every branching; following it gives the true history.
+- In an encoder-decoder model both stacks have sequences of their own. Those of the encoder end with their pass; one of
+  the decoder is a branch of the encoder's sequence it attends to, at position 0, so that no token is shared.
 - Tokens taken back out of a cache (`crop`: rejected drafts) keep their rows; `row_events` says `rejected`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -28,6 +31,7 @@ import torch
 from numpy.typing import NDArray
 
 from strapfmt_capture.batches import Batch, Uncached
+from strapfmt_capture.encoders import Encoded, first_tensor, vectors_of
 from strapfmt_capture.histories import PADDING, CacheWatcher, History
 from strapfmt_capture.inputs import Inputs
 from strapfmt_capture.keys import Keys
@@ -49,7 +53,8 @@ class Step:
     step : int
         Its number.
     phase : str
-        `"decode"` when one token per sequence is added to a past, else `"prefill"`.
+        `"decode"` when one token per sequence is added to a past, `"encode"` in the encoder of an encoder-decoder
+        model, else `"prefill"`.
     n_sequences, n_query : int
         Width of the padded batch; 0 for a model that is given no tokens.
     is_language : bool
@@ -94,6 +99,8 @@ class RowTracker:
         Has `decode(list_of_ids)`, and `all_special_ids` if it knows any. None leaves text out.
     tags : mapping or None
         JSON values kept with every sequence.
+    encoders : collection of torch.nn.Module
+        All modules inside the encoder of an encoder-decoder model.
 
     Attributes
     ----------
@@ -109,17 +116,19 @@ class RowTracker:
         reserve: Callable[[Literal["row", "step", "sequence"], int], int],
         tokenizer: Any = None,
         tags: Mapping[str, Any] | None = None,
+        encoders: Collection[torch.nn.Module] = (),
     ) -> None:
         self._reserve = reserve
         self._texts = None if tokenizer is None else TokenTexts(tokenizer)
         self.tags, self.keys = Tags(tags), Keys()
         self._watcher = CacheWatcher(self._reject)
         self._events: list[tuple[_Int64, int]] = []
+        self._encoders, self._encoded = encoders, Encoded()
         self._uncached: Uncached | None = None
-        self._output_hook: torch.utils.hooks.RemovableHandle | None = None
+        self._awaiting: Callable[[Any], None] | None = None
         self._step = -1
 
-    def begin(self, module: torch.nn.Module, inputs: Inputs | None, *, has_failed: bool = False) -> Step:
+    def begin(self, module: torch.nn.Module, inputs: Inputs | None) -> Step:
         """Describe the pass that has just begun.
 
         Parameters
@@ -128,11 +137,11 @@ class RowTracker:
             The module that is called.
         inputs : Inputs or None
             What it is given, as `read_inputs` found it when it was called; not kept.
-        has_failed : bool
-            Whether it is known already that it will return nothing.
         """
+        self._awaiting = None  # what a pass that failed has not returned
         if inputs is None:
-            self.tags.check_kept()
+            if module not in self._encoders:
+                self.tags.check_kept()
             self._step = self._reserve("step", 1)
             return Step(
                 step=self._step,
@@ -146,6 +155,8 @@ class RowTracker:
                 sequences=None,
                 events=self.take_events(),
             )
+        if module in self._encoders:
+            return self._encode(inputs)
         history = None if inputs.cache is None else self._followed(inputs)
         self._step = self._reserve(
             "step", 1
@@ -158,9 +169,15 @@ class RowTracker:
             self._watcher.watch(inputs.cache, batch.history)
         else:
             batch = self._without_cache(inputs)
-            if not has_failed:
-                self._hook_output(module, batch.history)
-        return self._record(inputs, batch)
+            self._awaiting = partial(self._follow_made, batch.history)
+        is_decode = inputs.n_query == 1 and batch.history.length > 0
+        return self._record(inputs, batch, "decode" if is_decode else "prefill")
+
+    def returned(self, output: Any) -> None:
+        """Take note of what the module of the pass begun last has returned: a cache it has made, or what is encoded."""
+        awaiting, self._awaiting = self._awaiting, None
+        if awaiting is not None:
+            awaiting(output)
 
     @property
     def next_step(self) -> int:
@@ -177,8 +194,7 @@ class RowTracker:
 
     def pass_by(self) -> None:
         """Passes follow that are not described: what an output brings is not the last one's."""
-        self._unhook()
-        self._uncached = None
+        self._awaiting = self._uncached = None
 
     def take_events(self) -> dict[str, Column] | None:
         """Return what has happened to rows since the last step, as columns of `row_events`, and forget it.
@@ -197,10 +213,16 @@ class RowTracker:
         }
 
     def close(self) -> None:
-        """Stop watching: caches and the model are as they were."""
+        """Stop watching: caches are as they were."""
         self._watcher.close()
-        self._unhook()
-        self._uncached = None
+        self._awaiting = self._uncached = None
+
+    def _encode(self, inputs: Inputs) -> Step:
+        """A pass of an encoder: new sequences, to be known when a decoder attends to them."""
+        self._step = self._reserve("step", 1)
+        batch = self._begun(inputs, inputs.real(0), 0)
+        self._awaiting = partial(self._remember, batch.history)
+        return self._record(inputs, batch, "encode")
 
     def _followed(self, inputs: Inputs) -> History | None:
         """The history behind a cache that was seen before, brought to the length the cache has now."""
@@ -230,7 +252,7 @@ class RowTracker:
             batch = self._continued(history, real, before.history.n_tokens[slots])
         self._uncached = None
         if inputs.token_ids is not None:
-            self._uncached = Uncached(batch.history, inputs.token_ids.copy(), real)
+            self._uncached = Uncached(batch.history, inputs.token_ids.copy(), real, inputs.encoded)
         return batch
 
     def _continued(self, history: History, real: NDArray[np.bool_] | None, fork_positions: _Int64) -> Batch:
@@ -254,7 +276,9 @@ class RowTracker:
             return self._packed(inputs, starts)
         n = inputs.n_sequences
         counts = np.full(n, inputs.n_query) if real is None else real.sum(axis=1)
-        tags = self.tags.texts(n)
+        encoded = inputs.encoded
+        sources, tags = (None, None) if encoded is None else self._encoded.sequences_of(encoded)
+        tags = self.tags.texts(n) if tags is None else self.tags.inherited(tags)
         first = self._reserve("sequence", n)
         history = History(np.arange(first, first + n), counts, tags)
         if past:
@@ -268,6 +292,7 @@ class RowTracker:
             positions=history.n_tokens,
             previous=history.last_row,
             tags=tags,
+            sources=sources,
         )
 
     def _packed(self, inputs: Inputs, starts: NDArray[np.bool_]) -> Batch:
@@ -293,7 +318,7 @@ class RowTracker:
             tags=tags,
         )
 
-    def _record(self, inputs: Inputs, batch: Batch) -> Step:
+    def _record(self, inputs: Inputs, batch: Batch, phase: str) -> Step:
         """Number the rows of a batch, enter them into its history, and write its tables."""
         n, q = inputs.n_sequences, inputs.n_query
         n_rows = n * q if batch.real is None else int(np.count_nonzero(batch.real))
@@ -304,7 +329,6 @@ class RowTracker:
         ids = None
         if inputs.token_ids is not None:
             ids = inputs.token_ids.reshape(-1) if selected is None else inputs.token_ids.reshape(-1)[selected]
-        is_decode = q == 1 and batch.history.length > 0
         sequences = self._sequences(batch, ids)
         if batch.tags is not None and batch.counts is not None:
             self.tags.began(rows, batch.counts)
@@ -314,7 +338,6 @@ class RowTracker:
             places = np.full((n, q), PADDING)
             places[batch.real] = rows
             batch.history.append(places)
-        phase = "decode" if is_decode else "prefill"
         texts, is_special = (None, None) if ids is None or self._texts is None else self._texts.columns(ids)
         return Step(
             step=self._step,
@@ -345,12 +368,13 @@ class RowTracker:
             assert batch.counts is not None
             n = len(batch.sequence_ids)
             prompts = None if ids is None else np.split(ids, np.cumsum(batch.counts)[:-1])
+            sources = np.full(n, -1) if batch.sources is None else batch.sources
             return {
                 "sequence_id": batch.sequence_ids.copy(),
                 "batch_index": batch.slots.astype(np.int32),
                 "first_step": np.full(n, self._step),
-                "parent_sequence_id": pa.nulls(n, pa.int64()),
-                "fork_position": pa.nulls(n, pa.int32()),
+                "parent_sequence_id": pa.array(sources, pa.int64(), mask=sources < 0),
+                "fork_position": pa.array(np.zeros(n, np.int32), mask=sources < 0),
                 "n_prompt_tokens": batch.counts.astype(np.int32),
                 "prompt_token_ids": [None] * n
                 if prompts is None
@@ -380,23 +404,16 @@ class RowTracker:
         if len(rows):
             self._events.append((rows, self._step))
 
-    def _hook_output(self, module: torch.nn.Module, history: History) -> None:
-        """Follow the cache that this pass makes and returns, once it is there."""
+    def _follow_made(self, history: History, output: Any) -> None:
+        """Follow the cache that a pass has made and returned."""
+        values = output.values() if isinstance(output, Mapping) else output
+        for value in values if isinstance(values, Iterable) and not isinstance(values, torch.Tensor) else ():
+            if hasattr(value, "get_seq_length") and self._watcher.find(value) is None:
+                self._watcher.watch(value, history)
+                self._uncached = None  # who goes on with this pass does so with its cache
 
-        def follow(module: torch.nn.Module, args: Any, output: Any) -> None:
-            self._unhook()
-            values = output.values() if isinstance(output, Mapping) else output
-            for value in (
-                values if isinstance(values, Iterable) and not isinstance(values, torch.Tensor) else ()
-            ):
-                if hasattr(value, "get_seq_length") and self._watcher.find(value) is None:
-                    self._watcher.watch(value, history)
-                    self._uncached = None  # who goes on with this pass does so with its cache
-
-        self._unhook()  # the one of a pass that failed
-        self._output_hook = module.register_forward_hook(follow)
-
-    def _unhook(self) -> None:
-        if self._output_hook is not None:
-            self._output_hook.remove()
-            self._output_hook = None
+    def _remember(self, history: History, output: Any) -> None:
+        """Know what an encoder has made of its sequences."""
+        vectors = vectors_of(first_tensor(output), len(history))
+        if vectors is not None:
+            self._encoded.remember(vectors, history.sequence_ids, history.tags)

@@ -31,7 +31,7 @@ Positions: TypeAlias = int | slice | Collection[int] | Literal["last"]
 _Bool = npt.NDArray[np.bool_]
 _Int64 = npt.NDArray[np.int64]
 
-_PHASES = ("prefill", "decode")
+_PHASES = ("prefill", "decode", "encode")
 _COLUMNS: dict[str, type] = {
     "row": np.int64,
     "sequence_id": np.int64,
@@ -214,7 +214,7 @@ class Selector:
 def _as_phases(value: str | Collection[str]) -> tuple[str, ...]:
     names = as_names("phases", value)
     if not names or not set(names) <= set(_PHASES):
-        raise ArgumentError(f'phases: expected "prefill", "decode" or both, got {value!r}')
+        raise ArgumentError(f'phases: expected some of "prefill", "decode" and "encode", got {value!r}')
     return tuple(phase for phase in _PHASES if phase in names)
 
 

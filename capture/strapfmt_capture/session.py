@@ -78,8 +78,8 @@ def capture(
     Parameters
     ----------
     model : torch.nn.Module
-        Any module; sites and rows of Hugging Face causal language models are known by uniform names. Its outputs
-        and exceptions stay as they are, and its hooks are gone afterwards.
+        Any module; sites and rows of Hugging Face language models, causal or encoder-decoder, are known by uniform
+        names. Its outputs and exceptions stay as they are, and its hooks are gone afterwards.
     path : path
         The dataset, a directory whose name ends in `.strap`.
     sites : str or iterable of str
@@ -97,7 +97,7 @@ def capture(
     stats : bool or collection of str
         Statistics stored with every row: all, none, or some of `strapfmt.spec.STATISTICS`; of the elements that are
         stored.
-    phases : {"prefill", "decode"} or collection of them, optional
+    phases : {"prefill", "decode", "encode"} or collection of them, optional
         Store values of these passes only. This and the next four choose rows, the same at every site, before anything
         is copied; the `tokens` table has all tokens, and `cap.report` counts what was left out.
     every : int
@@ -310,7 +310,8 @@ class Capture:
     def tagged(self, tags: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> AbstractContextManager[None]:
         """Give tags to the sequences that begin inside a `with` block, over those of the capture.
 
-        Sequences that branch off (beams, copies of a cache) have the tags of those they come from.
+        Sequences that branch off (beams, copies of a cache) have the tags of those they come from, those of
+        a decoder the tags of the encoder's.
 
         The tag `"key"` names a piece of work, for `done`: the passes inside are committed together, when the block
         has ended, so that a crash leaves all of them or none. If it ends in an exception, or a pass in it was dropped,

@@ -16,6 +16,7 @@ import torch
 
 from strapfmt.errors import ArgumentError, CaptureError, CompiledModelError, SiteNotFoundError
 from strapfmt_capture.arguments import check_model
+from strapfmt_capture.encoders import stacks_of
 from strapfmt_capture.hookpoints import (
     EAGER_ADVICE,
     TOP_SITES,
@@ -23,6 +24,7 @@ from strapfmt_capture.hookpoints import (
     find_decoder,
     find_decoders,
     hook_points,
+    named_decoders,
 )
 from strapfmt_capture.listing import SiteInfo, SiteListing, describe
 
@@ -112,11 +114,12 @@ def remarks(model: torch.nn.Module, patterns: str | Iterable[str]) -> list[str]:
     said = []
     if asked and not decoders[0].is_eager and any(uniform[site].heads_first for site in asked):
         said.append(f"attention patterns were left out: {EAGER_ADVICE}; found {decoders[0].attention!r}")
-    if asked and len(decoders) > 1:
-        others = ", ".join(repr(decoder.path) for decoder in decoders[1:])
+    named = [decoder.path for decoder in named_decoders(model)]
+    others = [decoder.path for decoder in decoders if decoder.path not in named]
+    if asked and others:
         said.append(
             f"the model holds {len(decoders)} decoders, and names such as blocks.N mean the first, at "
-            f"{decoders[0].path!r}; ask for modules of {others} by their paths"
+            f"{decoders[0].path!r}; ask for modules of {', '.join(map(repr, others))} by their paths"
         )
     return said
 
@@ -152,19 +155,17 @@ def row_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Return the modules whose call may begin a step: `model`, and every language model inside it.
 
     A person may call the base model directly, and `generate` of a wrapper (PEFT) enters the model it wraps.
-    Whichever is entered first begins the step; those inside it do not.
+    Whichever is entered first begins the step; those inside it do not. In an encoder-decoder model, encoder and decoder
+    are such modules whatever they are given.
 
     Raises
     ------
     CaptureError
-        For an encoder-decoder model, where two streams of tokens run at once.
+        For an encoder-decoder model that does not tell which of its modules is the encoder.
     """
-    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
-        raise CaptureError(
-            f"{type(model).__name__} is an encoder-decoder model, which is not supported yet: its encoder and "
-            "decoder process different tokens; capture one of them alone, for example model.get_encoder()"
-        )
-    return [model, *(m for m in model.modules() if m is not model and _is_language_model(m))]
+    stacks = stacks_of(model)
+    inside = [m for m in model.modules() if m is not model and _is_language_model(m)]
+    return list(dict.fromkeys([model, *stacks.encoders, *stacks.decoders, *inside]))
 
 
 def check_not_compiled(model: torch.nn.Module) -> None:

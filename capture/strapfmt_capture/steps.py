@@ -3,7 +3,8 @@
 A pass is the outermost call of a row module (the model, or a language model in it that holds a site). Its tokens are
 those of the innermost such language model entered before the first site fires, as that is what computes: a wrapper may
 take others (it shifts them, or puts soft prompts before them), or take them under a name of its own. A wrapper that
-calls its model again after that has returned makes another step.
+calls its model again after that has returned makes another step; so does an encoder-decoder model, whose decoder
+follows its encoder.
 
 A step begins with the first site that fires, or when the call is over, by a return or by an exception.
 """
@@ -62,7 +63,10 @@ class OpenStep:
 
 @dataclass(slots=True, kw_only=True)
 class _Call:
-    """A call under way: its own frame, that of the language model in it, and what that is given."""
+    """A call under way: its own frame, that of the language model in it, what that is given and has returned.
+
+    `kept` is what the head is told to compute, `whole_kept` what the outermost call was told.
+    """
 
     frame: FrameType
     model_frame: FrameType
@@ -70,8 +74,10 @@ class _Call:
     module: torch.nn.Module
     inputs: Inputs | None
     kept: Any
+    whole_kept: Any
     started_ns: int
     started_s: float
+    output: Any = None
     open: OpenStep | None = None
 
 
@@ -144,11 +150,15 @@ class Steps:
         self._thread = threading.get_ident()
         self._call = _called(module, args, kwargs, frame, frame, sys.exception())
 
-    def leave(self) -> None:
+    def leave(self, output: Any) -> None:
         """Take note that a call of a row module is over; the caller's caller is its frame."""
         call, caller = self._call, sys._getframe(2)
         if self._passed_by is not None and caller in (self._passed_by, self._passed_by.f_back):
             self._passed_by = None
+        if call is not None and caller is call.model_frame and output is not None:
+            call.output = output
+            if call.open is not None:
+                self._tracker.returned(output)
         # After an exception the hook is called one frame further out.
         if call is None or caller not in (call.frame, call.frame.f_back):
             return
@@ -158,7 +168,7 @@ class Steps:
             return
         if call.open is None:
             with suppress(CaptureError):  # the model's own error is on its way
-                self._begin(call, has_failed=True)
+                self._begin(call)
         self._end(call, "abandoned", _reason(error))
 
     def current(self) -> OpenStep | None:
@@ -242,6 +252,9 @@ class Steps:
         if not _is_on_stack(call.model_frame, frame):
             self._end_well(call)
             self._call = _called(module, args, kwargs, call.frame, frame, call.exception)
+            self._call.whole_kept = call.whole_kept
+            if self._call.kept is None:
+                self._call.kept = call.whole_kept
             return
         call.model_frame = frame
         given = named_arguments(module, args, kwargs)
@@ -282,7 +295,7 @@ class Steps:
                 self._rings.publish(Boundary(is_urgent=True))
             raise
 
-    def _begin(self, call: _Call, *, has_failed: bool = False) -> OpenStep:
+    def _begin(self, call: _Call) -> OpenStep:
         self._drain.check()
         self._check_space()
         self._rings.check()
@@ -292,7 +305,9 @@ class Steps:
                 f"the ring is full ({self._rings.fill:.0%} of {self._rings.most_bytes} bytes wait to be written) and "
                 'on_full="raise"; use "block" or "drop", a larger host_ring_bytes, fewer sites or a faster disk'
             )
-        step = self._tracker.begin(call.module, call.inputs, has_failed=has_failed)
+        step = self._tracker.begin(call.module, call.inputs)
+        if call.output is not None:
+            self._tracker.returned(call.output)
         whole = Placement(n_rows=len(step.rows), index=step.selected, rows=step.rows)
         call.open = OpenStep(
             step=step,
@@ -354,13 +369,15 @@ def _called(
     exception: BaseException | None,
 ) -> _Call:
     given = named_arguments(module, args, kwargs)
+    kept = _kept(given)
     return _Call(
         frame=frame,
         model_frame=model_frame,
         exception=exception,
         module=module,
         inputs=read_inputs(module, given),
-        kept=_kept(given),
+        kept=kept,
+        whole_kept=kept,
         started_ns=time.time_ns(),
         started_s=time.perf_counter(),
     )

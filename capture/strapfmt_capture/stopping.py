@@ -14,7 +14,7 @@ import torch
 
 from strapfmt.arguments import as_integer
 from strapfmt.errors import ArgumentError, CaptureError, StoppedPassError
-from strapfmt_capture.hookpoints import HookPoint, find_decoder
+from strapfmt_capture.hookpoints import HookPoint, find_decoder, named_decoders
 
 __all__ = ["Stop", "StoppedPass"]
 
@@ -69,6 +69,11 @@ class Stop:
             raise ArgumentError(
                 f"stop_at_layer: expected a model whose blocks are known (see strapfmt_capture.architectures), got a "
                 f"{type(model).__name__}"
+            )
+        if len(named_decoders(model)) > 1:
+            raise ArgumentError(
+                "stop_at_layer: expected a model of one stack of blocks, got an encoder-decoder model; capture one of "
+                "its stacks, model.get_encoder(), or leave stop_at_layer out"
             )
         self._path = decoder.below(decoder.architecture.blocks)
         self._blocks = model.get_submodule(self._path)

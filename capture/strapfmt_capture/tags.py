@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -67,6 +68,11 @@ class Tags:
             for i in range(n)
         ]
         return np.array([*map(tags_text, self._merged)], object)
+
+    def inherited(self, texts: NDArray[np.object_]) -> NDArray[np.object_]:
+        """Return `texts`, the tags that sequences which begin in one pass have from others, as `texts` does."""
+        self._merged = [json.loads(text) for text in texts]
+        return texts
 
     def began(self, rows: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
         """Take note of the sequences that `texts` was asked for: all their rows, and how many each has."""
