@@ -127,11 +127,17 @@ class WriteError(StrapfmtError, OSError):
 
 
 class SiteNotFoundError(StrapfmtError, LookupError):
-    """No such site; `near` holds the closest names."""
+    """No such site; `near` holds the closest names, or those that are advised."""
 
-    def __init__(self, site: str, stored: Iterable[str], where: str = "this dataset") -> None:
+    def __init__(
+        self,
+        site: str,
+        stored: Iterable[str],
+        where: str = "this dataset",
+        near: Iterable[str] | None = None,
+    ) -> None:
         self.site, self.stored = site, list(stored)
-        self.near = near_misses(site, self.stored)
+        self.near = near_misses(site, self.stored) if near is None else list(near)
         hint = f"; did you mean {', '.join(map(repr, self.near))}?" if self.near else "."
         shown = ", ".join(self.stored[:8]) + (
             f", ... ({len(self.stored)} in all)" if len(self.stored) > 8 else ""

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
@@ -114,19 +115,27 @@ _ENCODER_DECODERS: dict[str, dict[str, Any]] = {
     "whisper": {**_STACKS, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 64},
 }
 ENCODER_DECODERS: list[str] = list(_ENCODER_DECODERS)
+_ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {"intermediate_size": 48},
+    "roberta": {"intermediate_size": 48},
+    "distilbert": {"hidden_dim": 48},
+}
+ENCODERS: list[str] = list(_ENCODERS)
 
 
 def tiny_model(
     family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> PreTrainedModel:
-    """Build a language model of `family`, causal or encoder-decoder, with random weights, in `eval` mode.
+    """Build a language model of `family` (causal, encoder-decoder, or an encoder without a head) with random weights.
+
+    It is in `eval` mode.
 
     Two layers, width 32, 101 tokens (the vocabulary of `tiny_tokenizer`), about 30,000 parameters.
 
     Parameters
     ----------
     family : str
-        One of `FAMILIES` or `ENCODER_DECODERS`.
+        One of `FAMILIES`, `ENCODERS` or `ENCODER_DECODERS`.
     seed : int
         The weights follow from it alone; the global random state is left as it was.
     dtype : torch.dtype
@@ -135,19 +144,22 @@ def tiny_model(
         Config entries; `attn_implementation` is understood as well.
     """
     attn_implementation = overrides.pop("attn_implementation", None)
-    if family in _ENCODER_DECODERS:
-        config = AutoConfig.for_model(family, **{**_ENCODER_DECODERS[family], **overrides})
-        kind: Any = AutoModelForSpeechSeq2Seq if family == "whisper" else AutoModelForSeq2SeqLM
-    else:
-        config = AutoConfig.for_model(family, **{**_BASE, **_FAMILIES[family], **overrides})
-        kind = AutoModelForCausalLM
+    kind: Any = AutoModelForCausalLM
+    options = {**_BASE, **_FAMILIES.get(family, {})}
+    if family in _ENCODERS:
+        kind, options = AutoModel, {**_BASE, **_ENCODERS[family]}
+    elif family in _ENCODER_DECODERS:
+        kind = AutoModelForSpeechSeq2Seq if family == "whisper" else AutoModelForSeq2SeqLM
+        options = _ENCODER_DECODERS[family]
+    config = AutoConfig.for_model(family, **{**options, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = kind.from_config(config, attn_implementation=attn_implementation)
         with torch.no_grad():
             for parameter in model.parameters():  # norms off 1, biases off 0: no two places hold equal values
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    model.generation_config.pad_token_id = PAD
+    if family not in _ENCODERS:
+        model.generation_config.pad_token_id = PAD
     return model.to(dtype).eval()
 
 

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from models import D_MODEL, ENCODER_DECODERS, FAMILIES, N_LAYERS, VOCAB_SIZE, hidden_states, tiny_model
+from models import (
+    D_MODEL,
+    ENCODER_DECODERS,
+    ENCODERS,
+    FAMILIES,
+    N_LAYERS,
+    VOCAB_SIZE,
+    hidden_states,
+    tiny_model,
+)
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from strapfmt.errors import ArgumentError, CaptureError, CompiledModelError, SiteNotFoundError
@@ -33,15 +42,23 @@ def read(
     """Run a model once with plain hooks; return copies of what each point read, and the output."""
     values: dict[str, torch.Tensor] = {}
     modules = dict(model.named_modules())
+    attention: dict[str, Any] = {}  # by path: the call under way
+
+    def note(path: str) -> Any:
+        return lambda module, args, kwargs: attention.update({path: (module, kwargs)})
 
     def hook(point: HookPoint) -> Any:
         def run(module: torch.nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
             assert point.site not in values, "fired twice"
-            values[point.site] = point.read(args, kwargs, output, module).clone()
+            around = attention.get(point.attention_path or "")
+            values[point.site] = point.read(args, kwargs, output, module, around).clone()
 
         return run
 
-    handles = []
+    handles = [
+        modules[path].register_forward_pre_hook(note(path), with_kwargs=True)
+        for path in {point.attention_path for point in points if point.attention_path}
+    ]
     for point in points:
         module = modules[point.module_path]
         register = module.register_forward_pre_hook if point.where == "in" else module.register_forward_hook
@@ -125,7 +142,7 @@ def test_the_middle_of_the_stream_exists_where_attention_and_mlp_take_turns(
 
 
 def test_every_architecture_in_the_table_is_tested() -> None:
-    assert set(ARCHITECTURES) == {*FAMILIES, *ENCODER_DECODERS}
+    assert set(ARCHITECTURES) == {*FAMILIES, *ENCODERS, *ENCODER_DECODERS}
 
 
 def test_a_norm_after_the_block_leaves_out_the_middle_of_opt() -> None:
@@ -174,8 +191,15 @@ def test_sites_come_in_model_order_once_each() -> None:
         "embed",
         "blocks.0.resid_post",
         "blocks.1.resid_pre",
+        "blocks.1.q",
+        "blocks.1.k",
+        "blocks.1.v",
+        "blocks.1.rot_q",
+        "blocks.1.rot_k",
+        "blocks.1.z",
         "blocks.1.attn_out",
         "blocks.1.resid_mid",
+        "blocks.1.mlp_inner",
         "blocks.1.mlp_out",
         "blocks.1.resid_post",
         "logits",
@@ -383,7 +407,7 @@ def test_logits_are_the_models_own_whatever_form_its_output_has() -> None:
         assert torch.equal(values["logits"], logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *ENCODERS])
 def test_the_listing_says_what_a_pass_really_gives(family: str) -> None:
     model = tiny_model(family, attn_implementation="eager", dtype=torch.bfloat16)
     listing = list_sites(model)

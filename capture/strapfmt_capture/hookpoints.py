@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,18 +9,16 @@ from typing import Any
 import torch
 
 from strapfmt.errors import ArgumentError, CaptureError
-from strapfmt_capture.architectures import ARCHITECTURES, HEADS, Architecture
+from strapfmt_capture.attention import AttentionCall
 from strapfmt_capture.computed import Computation, TopK, expert_out, ssm_state
+from strapfmt_capture.decoders import Decoder, child, join, named_decoders
+from strapfmt_capture.heads import K, Q, Rotary, Split, V, separate
 
 __all__ = [
     "EAGER_ADVICE",
     "TOP_SITES",
-    "Decoder",
     "HookPoint",
-    "find_decoder",
-    "find_decoders",
     "hook_points",
-    "named_decoders",
 ]
 
 #: What `logits` are stored as where the largest only are wanted.
@@ -44,7 +41,7 @@ class HookPoint:
     module_path : str
         The module, as in `model.named_modules()`; empty for the model itself.
     where : str
-        `"in"` or `"out"`.
+        `"in"`, `"out"`, or `"attention"`: computed from a call of the attention function by the module.
     index : int or None
         The element of a tuple output; None takes a tensor itself, or the first tensor of a tuple or mapping that
         is no scalar.
@@ -60,6 +57,12 @@ class HookPoint:
         Makes the value, where the module does not return it: see `computed`.
     advice : str
         What to do where there is no tensor.
+    split : Split or None
+        How the value becomes heads.
+    rotary : callable or None
+        Rotates queries or keys once more, as the module at `attention_path` is about to do.
+    attention_path : str or None
+        The attention module, where `read` has to know what that was called with.
     """
 
     site: str
@@ -72,6 +75,14 @@ class HookPoint:
     is_last: bool = False
     compute: Computation | None = None
     advice: str = "take a module inside it, or around it, that has a tensor"
+    split: Split | None = None
+    rotary: Rotary | None = None
+    attention_path: str | None = None
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether the site is an attention pattern, whose last dimension varies."""
+        return self.site.endswith(".attn_pattern") and self.is_uniform
 
     @property
     def hook_point(self) -> str:
@@ -89,21 +100,25 @@ class HookPoint:
         kwargs: Mapping[str, Any],
         output: Any = None,
         module: torch.nn.Module | None = None,
+        attention: tuple[torch.nn.Module, Mapping[str, Any]] | None = None,
     ) -> torch.Tensor:
         """Return the tensor of this site from the arguments and the output of one call of the module.
 
         Parameters
         ----------
         args, kwargs, output
-            Of the call. Of an output, `kwargs` are needed only for what is computed.
+            Of the call; an `AttentionCall` is its own output. Of an output, `kwargs` are needed only for what is
+            computed.
         module : torch.nn.Module, optional
             The module that was called; needed for what is computed.
+        attention : module and mapping, optional
+            The module at `attention_path`, and the keyword arguments of the call of it that is under way.
 
         Returns
         -------
         torch.Tensor
-            The module's own tensor (or a view of it), not a copy, unless it is computed: the model may still change it
-            in place.
+            The module's own tensor (or a view of it), not a copy: the model may still change it in place. A new tensor
+            where it is computed, rotated, or in a layout of heads that allows no view.
 
         Raises
         ------
@@ -119,7 +134,22 @@ class HookPoint:
             called = f"was called with {_kind(args)} and {_kind(kwargs)}"
             is_of_call = self.where == "in" or self.compute is not None
             raise CaptureError(self._complaint(called if is_of_call else returned))
-        return value.transpose(1, 2) if self.heads_first else value
+        value = value.transpose(1, 2) if self.heads_first else value
+        value = value if self.split is None else self.split(value)
+        return value if self.rotary is None else self._rotated(value, attention)
+
+    def _rotated(
+        self, x: torch.Tensor, attention: tuple[torch.nn.Module, Mapping[str, Any]] | None
+    ) -> torch.Tensor:
+        assert self.rotary is not None
+        if attention is None:
+            raise CaptureError(self._complaint("was called outside its attention, which knows the positions"))
+        module, given = attention
+        try:
+            return self.rotary(module, x.detach().transpose(1, 2), given).transpose(1, 2)
+        except LookupError as error:
+            found = f"is in a {type(module).__name__} that rotates in another way (no {error})"
+            raise CaptureError(self._complaint(found)) from error
 
     def _input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self.kwarg is not None and self.kwarg in kwargs:
@@ -127,6 +157,8 @@ class HookPoint:
         return _first_tensor((*args, *kwargs.values()))
 
     def _output(self, output: Any) -> Any:
+        if isinstance(output, AttentionCall):
+            return output.pattern()
         if isinstance(output, Mapping):
             return output.get(self.kwarg) if self.kwarg is not None else _first_tensor(tuple(output.values()))
         if not isinstance(output, (tuple, list)):
@@ -139,93 +171,13 @@ class HookPoint:
         return f"site {self.site!r} at {self.hook_point}: expected a tensor, but the module {found}; {self.advice}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decoder:
-    """A stack of blocks of a known architecture, found inside a model (below a wrapper, or beside a vision tower).
-
-    Attributes
-    ----------
-    path : str
-        Path of the module that owns the blocks.
-    module : torch.nn.Module
-        That module; it carries the Hugging Face `config`.
-    architecture : Architecture
-        Its record.
-    head, language_model : str or None
-        Paths of the head and of the module that owns it, for a model that has one.
-    stack : {"", "encoder", "decoder"}
-        Which of the two it is in an encoder-decoder model; its sites' names begin with that.
-    """
-
-    path: str
-    module: torch.nn.Module
-    architecture: Architecture
-    head: str | None
-    language_model: str | None
-    stack: str = ""
-
-    @property
-    def config(self) -> Any:
-        """The Hugging Face config of the decoder."""
-        return self.module.config
-
-    @property
-    def attention(self) -> str | None:
-        """The attention implementation in use: `"eager"`, `"sdpa"`, ..."""
-        name = getattr(self.config, "_attn_implementation", None)
-        return name if isinstance(name, str) else None
-
-    def below(self, path: str) -> str:
-        """Return the path in the model of what is at `path` below this decoder."""
-        return _join(self.path, path)
-
-    @property
-    def is_eager(self) -> bool:
-        """Whether attention patterns are computed at all."""
-        return self.attention in ("eager", None)
-
-
-def find_decoder(model: torch.nn.Module) -> Decoder | None:
-    """Return the first decoder in `model` whose `config.model_type` is in the table, or None."""
-    return next(find_decoders(model), None)
-
-
-def named_decoders(model: torch.nn.Module) -> list[Decoder]:
-    """Return what the uniform names are about: the first decoder in `model`, or the first encoder and decoder of one.
-
-    Empty for a model of no known architecture.
-    """
-    decoders = list(find_decoders(model))
-    if not decoders or not decoders[0].stack:
-        return decoders[:1]
-    first = {decoder.stack: decoder for decoder in reversed(decoders)}
-    return [first[stack] for stack in ("encoder", "decoder") if stack in first]
-
-
-def find_decoders(model: torch.nn.Module) -> Iterator[Decoder]:
-    """Yield the decoders in `model` whose `config.model_type` is in the table, each once."""
-    seen: list[torch.nn.Module] = []  # their blocks, which a wrapper (PEFT) passes off as its own
-    for path, module in model.named_modules():
-        model_type = getattr(getattr(module, "config", None), "model_type", None)
-        architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
-        blocks = None if architecture is None else _child(module, architecture.blocks)
-        if architecture is None or not isinstance(blocks, torch.nn.ModuleList):
-            continue
-        if any(blocks is each for each in seen):
-            continue
-        seen.append(blocks)
-        stack = _stack(module, architecture)
-        if architecture.encoder is not None and not _attends_to_encoder(module):
-            architecture = architecture.encoder
-        head = None if stack == "encoder" else _find_head(model, path)
-        owner = None if head is None else head.rpartition(".")[0]
-        yield Decoder(
-            path=path, module=module, architecture=architecture, head=head, language_model=owner, stack=stack
-        )
-
-
-def hook_points(model: torch.nn.Module, *, top_k_logits: int | None = None) -> dict[str, HookPoint]:
+def hook_points(
+    model: torch.nn.Module, *, top_k_logits: int | None = None, recompute_patterns: bool = False
+) -> dict[str, HookPoint]:
     """Return the hook point of every uniform site of `model`, in the order a forward pass reaches them.
+
+    With `recompute_patterns`, attention patterns that the model does not compute are taken from the calls of its
+    attention function.
 
     The sites, the same in every architecture (`N` is the block, counted from 0):
 
@@ -236,7 +188,12 @@ def hook_points(model: torch.nn.Module, *, top_k_logits: int | None = None) -> d
     - `blocks.N.resid_mid`: the stream between attention and MLP; absent where the two run in parallel.
     - `blocks.N.attn_out`, `blocks.N.mlp_out`: what is added to the stream, so after a norm that follows the
       attention or the MLP (Gemma 2 and 3, OLMo 2).
-    - `blocks.N.attn_pattern`: attention probabilities, `(heads, keys)` per token; eager attention only.
+    - `blocks.N.q`, `blocks.N.k`, `blocks.N.v`: queries `(heads, d_head)`, keys and values `(kv_heads, d_head)`, after
+      the norm of q and k where a model has one, before their rotation, and before the scale that OPT puts on q.
+    - `blocks.N.rot_q`, `blocks.N.rot_k`: queries and keys after the rotation; absent where there is none.
+    - `blocks.N.attn_pattern`: attention probabilities, `(heads, keys)` per token; with eager attention, or recomputed.
+    - `blocks.N.z`: what the heads give, `(heads, d_head)`, before the output projection.
+    - `blocks.N.mlp_inner`: the MLP's inner layer after its nonlinearity (and its gate): what is projected down.
     - `blocks.N.mixer_out`: what a state-space module adds to the stream.
     - `blocks.N.ssm_state`: its recurrent state after the pass, in the row of the last token of each sequence.
     - `blocks.N.router_logits`: `(experts,)` per token, before any softmax.
@@ -258,55 +215,64 @@ def hook_points(model: torch.nn.Module, *, top_k_logits: int | None = None) -> d
     ArgumentError
         If `top_k_logits` is more than the vocabulary has.
     """
-    points = {point.site: point for decoder in named_decoders(model) for point in _uniform(decoder)}
+    points = {
+        point.site: point
+        for decoder in named_decoders(model)
+        for point in _uniform(decoder, is_recomputed=recompute_patterns and not decoder.is_eager)
+    }
     if top_k_logits is not None and "logits" in points:
         decoder = named_decoders(model)[-1]
         points |= {point.site: point for point in _largest(points["logits"], decoder, top_k_logits)}
     return points
 
 
-def _uniform(decoder: Decoder) -> Iterator[HookPoint]:
+def _uniform(decoder: Decoder, *, is_recomputed: bool = False) -> Iterator[HookPoint]:
     """Hook points of the uniform sites that this decoder really has."""
     architecture, module = decoder.architecture, decoder.module
 
     def point(site: str, path: str, where: str = "out", **options: Any) -> HookPoint:
-        name = _join(decoder.stack, site)
-        return HookPoint(site=name, module_path=_join(decoder.path, path), where=where, **options)
+        name = join(decoder.stack, site)
+        return HookPoint(site=name, module_path=join(decoder.path, path), where=where, **options)
 
-    if _child(module, architecture.embed) is not None:
+    if child(module, architecture.embed) is not None:
         yield point("embed", architecture.embed)
-    blocks = _child(module, architecture.blocks)
+    blocks = child(module, architecture.blocks)
     assert isinstance(blocks, torch.nn.ModuleList)
     for number, block in enumerate(blocks):
-        name, path = f"blocks.{number}", _join(architecture.blocks, str(number))
+        name, path = f"blocks.{number}", join(architecture.blocks, str(number))
         yield point(f"{name}.resid_pre", path, "in", kwarg="hidden_states")
-        if _child(block, architecture.attn) is not None:
-            attn_out = architecture.attn_out or architecture.attn
-            yield point(
-                f"{name}.attn_pattern",
-                _join(path, architecture.attn),
-                index=architecture.attn_pattern_index,
-                heads_first=True,
-                advice=EAGER_ADVICE,
+        if child(block, architecture.attn) is not None:
+            attn, attn_out = join(path, architecture.attn), architecture.attn_out or architecture.attn
+            for part, inner, options in _projections(decoder, block, join(decoder.path, attn)):
+                yield point(f"{name}.{part}", join(path, inner), **options)
+            how: dict[str, Any] = (
+                {"where": "attention"} if is_recomputed else {"index": architecture.attn_pattern_index}
             )
-            yield point(f"{name}.attn_out", _join(path, attn_out))
+            yield point(f"{name}.attn_pattern", attn, heads_first=True, advice=EAGER_ADVICE, **how)
+            heads = architecture.heads
+            if heads is not None and child(block, heads.z) is not None:
+                split = Split(part=Q, sizes=heads.sizes(decoder.config), layout=separate)
+                yield point(f"{name}.z", join(path, heads.z), "in", split=split)
+            yield point(f"{name}.attn_out", join(path, attn_out))
         if decoder.stack == "decoder" and architecture.cross_attn_out:
-            yield point(f"{name}.cross_attn_out", _join(path, architecture.cross_attn_out))
-        if _child(block, architecture.mixer) is not None:
-            mixer = _join(path, architecture.mixer)
+            yield point(f"{name}.cross_attn_out", join(path, architecture.cross_attn_out))
+        if child(block, architecture.mixer) is not None:
+            mixer = join(path, architecture.mixer)
             yield point(f"{name}.ssm_state", mixer, is_last=True, compute=ssm_state, advice=_CACHE_ADVICE)
             yield point(f"{name}.mixer_out", mixer)
         if architecture.resid_mid and architecture.resid_mid_if(decoder.config):
-            yield point(f"{name}.resid_mid", _join(path, architecture.resid_mid), "in")
-        if _child(block, architecture.router) is not None:
-            router, experts = _join(path, architecture.router), _join(path, architecture.experts)
+            yield point(f"{name}.resid_mid", join(path, architecture.resid_mid), "in")
+        if child(block, architecture.router) is not None:
+            router, experts = join(path, architecture.router), join(path, architecture.experts)
             for index, what in enumerate(("router_logits", "expert_weights", "expert_ids")):
                 yield point(f"{name}.{what}", router, index=index, is_flat=True)
             yield point(f"{name}.expert_out", experts, is_flat=True, compute=expert_out)
-        if _child(block, architecture.mlp_out) is not None:
-            yield point(f"{name}.mlp_out", _join(path, architecture.mlp_out))
+        if child(block, architecture.mlp_inner) is not None:
+            yield point(f"{name}.mlp_inner", join(path, architecture.mlp_inner), "in")
+        if child(block, architecture.mlp_out) is not None:
+            yield point(f"{name}.mlp_out", join(path, architecture.mlp_out))
         yield point(f"{name}.resid_post", path)
-    if _child(module, architecture.final_norm) is not None:
+    if child(module, architecture.final_norm) is not None:
         yield point("final_norm", architecture.final_norm)
     if decoder.head is not None and decoder.language_model is not None:
         whole = architecture.logits_after_head(decoder.config)
@@ -325,16 +291,28 @@ def _largest(logits: HookPoint, decoder: Decoder, k: int) -> Iterator[HookPoint]
     yield replace(logits, site=ids, compute=TopK(k, "ids"))
 
 
-def _stack(module: torch.nn.Module, architecture: Architecture) -> str:
-    """Which stack of an encoder-decoder model this is, "" if it was made to be alone."""
-    if architecture.encoder is None or not getattr(module.config, "is_encoder_decoder", False):
-        return ""
-    return "decoder" if _attends_to_encoder(module) else "encoder"
-
-
-def _attends_to_encoder(module: torch.nn.Module) -> bool:
-    takes = "encoder_hidden_states" in inspect.signature(module.forward).parameters
-    return takes and bool(getattr(module, "is_decoder", True))  # both stacks of T5 are of one class
+def _projections(
+    decoder: Decoder, block: torch.nn.Module, attention_path: str
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Queries, keys and values of a block: name, path below the block, and how each is read."""
+    heads = decoder.architecture.heads
+    if heads is None or any(child(block, path) is None for path in (heads.q, heads.k, heads.v)):
+        return
+    sizes, layout = heads.sizes(decoder.config), heads.layout
+    rotated = []
+    for name, part, path, norm in (
+        ("q", Q, heads.q, heads.q_norm),
+        ("k", K, heads.k, heads.k_norm),
+        ("v", V, heads.v, ""),
+    ):
+        has_norm = child(block, norm) is not None
+        is_turned = has_norm and heads.is_turned_before_norm
+        how = {"split": Split(part=part, sizes=sizes, layout=layout, is_turned=is_turned)}
+        yield name, norm if has_norm else path, how
+        if part != V and heads.rotary is not None and heads.rotary_if(decoder.config):
+            turn = {"rotary": heads.rotary, "attention_path": attention_path}
+            rotated.append((f"rot_{name}", norm if has_norm else path, {**how, **turn}))
+    yield from rotated
 
 
 def _first_tensor(values: Sequence[Any]) -> Any:
@@ -352,26 +330,3 @@ def _kind(value: Any) -> str:
     else:
         return "None" if value is None else f"a {name}"
     return f"a {name} of {inside or 'nothing'}"
-
-
-def _child(module: torch.nn.Module, path: str) -> torch.nn.Module | None:
-    """The module at `path` below `module`, or None."""
-    found: Any = module
-    for name in path.split("."):
-        found = getattr(found, name, None)
-    return found if isinstance(found, torch.nn.Module) else None
-
-
-def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
-
-
-def _find_head(model: torch.nn.Module, decoder_path: str) -> str | None:
-    """Path of the head, which hangs on the decoder or on one of the modules around it, the nearest first."""
-    segments = decoder_path.split(".") if decoder_path else []
-    for length in range(len(segments), -1, -1):
-        owner = ".".join(segments[:length])
-        for name in HEADS:
-            if _child(model, _join(owner, name)) is not None:
-                return _join(owner, name)
-    return None

@@ -27,11 +27,13 @@ import torch
 
 from strapfmt.errors import CaptureError
 from strapfmt.schema import SiteSpec
+from strapfmt_capture.attention import watched
 from strapfmt_capture.channels import Channels
 from strapfmt_capture.computed import is_computing
 from strapfmt_capture.drain import Drain
 from strapfmt_capture.eager import check_runs_eagerly, is_repetition
 from strapfmt_capture.encoders import stacks_of
+from strapfmt_capture.heads import POSITIONS
 from strapfmt_capture.hookpoints import HookPoint
 from strapfmt_capture.placement import Layout, Placement, declare
 from strapfmt_capture.ring import Ring, Slot
@@ -72,6 +74,8 @@ class Tap:
         Rows it has produced that are not wanted.
     n_missed : int
         Complete steps in which it did not fire, of those that have tokens and are the encoder's, or not, like it.
+    attention : module and mapping, or None
+        Of a site that needs it: the attention module under way, and the positions it was given.
     """
 
     point: HookPoint
@@ -85,6 +89,7 @@ class Tap:
     filtered: int = 0
     n_missed: int = 0
     last_step: int = -1
+    attention: tuple[torch.nn.Module, Mapping[str, Any]] | None = None
 
 
 class Hooks:
@@ -186,6 +191,13 @@ class Hooks:
                 handles.callback(handle.remove)
             for tap in self.taps:
                 module = model.get_submodule(tap.point.module_path)
+                if tap.point.attention_path is not None:
+                    around = model.get_submodule(tap.point.attention_path)
+                    note = around.register_forward_pre_hook(partial(self.on_attention, tap), with_kwargs=True)
+                    handles.callback(note.remove)
+                if tap.point.where == "attention":
+                    handles.enter_context(watched(module, partial(self._fire, tap, module, (), _NO_KWARGS)))
+                    continue
                 if tap.point.where == "in":
                     handle = module.register_forward_pre_hook(partial(self.on_input, tap), with_kwargs=True)
                 elif tap.point.compute is not None:
@@ -231,6 +243,13 @@ class Hooks:
         """Run after a module of whose call a site is computed."""
         self._fire(tap, module, args, kwargs, output)
 
+    def on_attention(
+        self, tap: Tap, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Run before an attention module whose positions a site in it needs."""
+        if not self._is_over:
+            tap.attention = module, {name: kwargs[name] for name in POSITIONS if name in kwargs}
+
     # Sites.
 
     def _fire(
@@ -248,7 +267,8 @@ class Hooks:
                     f"site {tap.point.site!r} at {tap.point.hook_point} fired outside a forward pass of the captured "
                     "model; call that model itself (not its forward method, and not a part of it), or capture the part"
                 )
-            self._take(tap, tap.point.read(args, kwargs, output, module), open_step)
+            attention, tap.attention = tap.attention, None
+            self._take(tap, tap.point.read(args, kwargs, output, module, attention), open_step)
 
     def _take(self, tap: Tap, x: torch.Tensor, open_step: OpenStep) -> None:
         """Store `x`, what the site gave in a step, however it came here."""
@@ -436,4 +456,4 @@ class _NoHooks:
     def enter(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing."""
 
-    leave = on_input = on_output = on_call = _fire = enter
+    leave = on_input = on_output = on_call = on_attention = _fire = enter

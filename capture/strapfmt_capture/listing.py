@@ -12,7 +12,8 @@ from typing import overload
 import torch
 
 from strapfmt_capture.computed import TopK
-from strapfmt_capture.hookpoints import Decoder, HookPoint, hook_points, named_decoders
+from strapfmt_capture.decoders import Decoder, named_decoders
+from strapfmt_capture.hookpoints import HookPoint, hook_points
 
 __all__ = ["SiteInfo", "SiteListing", "describe"]
 
@@ -107,7 +108,8 @@ def describe(model: torch.nn.Module, points: Iterable[HookPoint]) -> list[SiteIn
 
 def _is_first_output(point: HookPoint) -> bool:
     """Whether a site holds what its module's path stands for as well."""
-    return not point.heads_first and point.compute is None and point.index in (None, 0)
+    is_reshaped = point.is_pattern or point.split is not None
+    return not is_reshaped and point.compute is None and point.index in (None, 0)
 
 
 def _info(
@@ -138,11 +140,15 @@ def _uniform_shape(point: HookPoint, module: torch.nn.Module, decoder: Decoder) 
     """Shape of one token at a uniform site."""
     if isinstance(point.compute, TopK):
         return (point.compute.k,)
+    if point.split is not None:
+        return point.split.shape
     config = decoder.config
     match point.site.rpartition(".")[2]:
         case "attn_pattern":
             n_heads = getattr(config, f"{decoder.stack}_attention_heads", config.num_attention_heads)
             return (n_heads, -1)
+        case "mlp_inner":
+            return _module_shape(module, "in")
         case "router_logits":
             return tuple(module.get_parameter("weight").shape[:1])
         case "expert_weights" | "expert_ids":

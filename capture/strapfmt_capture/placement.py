@@ -229,7 +229,7 @@ def declare(
             f"site {point.site!r} at {point.hook_point}: expected a plain dense tensor with values, found "
             f"a {type(x).__name__} ({x.layout}, on {x.device}); leave this site out"
         )
-    is_known = point.heads_first or point.is_flat or point.is_last
+    is_known = point.heads_first or point.split is not None or point.is_flat or point.is_last
     heads_first = not is_known and _is_heads_first(point, x, step)
     x = x.transpose(1, 2) if heads_first else x
     lead = _token_dimensions(x, step, chosen, is_head=is_head)
@@ -241,7 +241,7 @@ def declare(
         )
     shape: tuple[int, ...]
     ndim: int | None
-    if point.heads_first and lead == 2 and x.ndim == 4:
+    if point.is_pattern and lead == 2 and x.ndim == 4:
         shape, ndim = (x.shape[2], -1), None
     elif lead and (known is None or known.row_space == "tokens"):
         shape, ndim = tuple(x.shape[lead:]), None

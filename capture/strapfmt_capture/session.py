@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
@@ -34,7 +34,9 @@ from strapfmt_capture.sites import as_patterns, check_not_compiled, describe, re
 from strapfmt_capture.statistics import check_statistics
 from strapfmt_capture.stopping import Stop
 
-__all__ = ["Capture", "Mode", "capture"]
+__all__ = ["Capture", "Mode", "PatternSource", "capture"]
+
+PatternSource = Literal["model", "recompute"]
 
 
 def capture(
@@ -43,6 +45,7 @@ def capture(
     *,
     sites: str | Iterable[str],
     tokenizer: Any = None,
+    attn_pattern: PatternSource = "model",
     top_k_logits: int | None = None,
     codec: str = "none",
     on_full: OnFull = "block",
@@ -86,6 +89,10 @@ def capture(
         Site names and module paths, with wildcards; `strapfmt.sites(model)` lists them.
     tokenizer : object, optional
         Turns token ids into text for the `tokens` and `sequences` tables; what it cannot decode is stored as null.
+    attn_pattern : {"model", "recompute"}
+        Where attention patterns come from: "model" takes those that the model computes, which eager attention alone
+        does; "recompute" computes them from queries, keys and masks where the model does not (sdpa, flash attention),
+        which takes the time and memory of eager attention at the blocks asked for and gives its values up to rounding.
     top_k_logits : int, optional
         Of `logits`, store the largest of each token only, found where the model runs: `logits.top_values` (`[k]`, as
         the model gives them) and `logits.top_ids` (`[k]`, int64). None: `logits` whole.
@@ -183,6 +190,8 @@ def capture(
             phases=phases, every=every, positions=positions, max_rows=max_rows, where=where
         ),
     )
+    if attn_pattern not in ("model", "recompute"):
+        raise ArgumentError(f"attn_pattern: expected 'model' or 'recompute', got {attn_pattern!r}")
     check_model(model)
     check_tokenizer(tokenizer)
     tags_text(tags)
@@ -194,6 +203,7 @@ def capture(
         sites,
         options,
         channels=channels,
+        attn_pattern=attn_pattern,
         tokenizer=tokenizer,
         tags=tags,
         progress=progress,
@@ -220,6 +230,7 @@ class Capture:
         options: Options,
         *,
         channels: Any,
+        attn_pattern: PatternSource,
         tokenizer: Any,
         tags: Mapping[str, Any] | None,
         progress: bool | None,
@@ -231,8 +242,11 @@ class Capture:
         )  # for the writer: the process may change its directory before it is entered
         self._model, self._options, self._tokenizer, self._tags = model, options, tokenizer, tags
         patterns = as_patterns(sites)
-        self._points = resolve(model, patterns, top_k_logits=options.top_k_logits)
-        self._remarks = remarks(model, patterns)
+        recompute = attn_pattern == "recompute"
+        self._points = resolve(
+            model, patterns, top_k_logits=options.top_k_logits, recompute_patterns=recompute
+        )
+        self._remarks = remarks(model, patterns, recompute_patterns=recompute)
         self._channels = channels_of(channels, self._points)
         stop = options.stop_at_layer
         self._stop = None if stop is None else Stop(model, self._points, stop)

@@ -16,15 +16,14 @@ import torch
 
 from strapfmt.errors import ArgumentError, CaptureError, CompiledModelError, SiteNotFoundError
 from strapfmt_capture.arguments import check_model
+from strapfmt_capture.attention import check_watchable
+from strapfmt_capture.decoders import find_decoder, find_decoders, named_decoders
 from strapfmt_capture.encoders import stacks_of
 from strapfmt_capture.hookpoints import (
     EAGER_ADVICE,
     TOP_SITES,
     HookPoint,
-    find_decoder,
-    find_decoders,
     hook_points,
-    named_decoders,
 )
 from strapfmt_capture.listing import SiteInfo, SiteListing, describe
 
@@ -45,7 +44,11 @@ __all__ = [
 
 
 def resolve(
-    model: torch.nn.Module, patterns: str | Iterable[str], *, top_k_logits: int | None = None
+    model: torch.nn.Module,
+    patterns: str | Iterable[str],
+    *,
+    top_k_logits: int | None = None,
+    recompute_patterns: bool = False,
 ) -> list[HookPoint]:
     """Find the hook points that `patterns` ask for; nothing is attached to the model.
 
@@ -57,6 +60,8 @@ def resolve(
         Site names and module paths, see the module's documentation.
     top_k_logits : int, optional
         `logits` then stands for `logits.top_values` and `logits.top_ids`, of so many tokens.
+    recompute_patterns : bool
+        Recompute attention patterns that the model does not compute.
 
     Returns
     -------
@@ -70,12 +75,12 @@ def resolve(
         If a pattern matches nothing; it names near misses.
     CaptureError
         If only attention patterns are asked for and the model does not compute any; a wider pattern
-        (`blocks.0.*`) leaves them out instead.
+        (`blocks.0.*`) leaves them out instead. Also if patterns are to be recomputed, are asked for, and cannot be.
     ArgumentError
         If there are no patterns, or `top_k_logits` does not go with them.
     """
     wanted = as_patterns(patterns)
-    uniform = hook_points(model, top_k_logits=top_k_logits)
+    uniform = hook_points(model, top_k_logits=top_k_logits, recompute_patterns=recompute_patterns)
     paths = [path for path, _ in model.named_modules() if path]
     found: dict[str, HookPoint] = {}
     for pattern in wanted:
@@ -83,6 +88,9 @@ def resolve(
             found[point.site] = point
     if top_k_logits is not None:
         found = _largest_only(found, uniform)
+    for point in found.values():
+        if point.where == "attention":
+            check_watchable(model.get_submodule(point.module_path))
     order = {site: number for number, site in enumerate(uniform)}
     place = {path: number for number, path in enumerate(paths, len(order))}
     return sorted(found.values(), key=lambda point: order.get(point.site, place.get(point.module_path, -1)))
@@ -106,14 +114,22 @@ def as_patterns(patterns: str | Iterable[str]) -> list[str]:
     return wanted
 
 
-def remarks(model: torch.nn.Module, patterns: str | Iterable[str]) -> list[str]:
-    """Say what `patterns`, as `resolve` reads them, leave out that a person may expect."""
+def remarks(
+    model: torch.nn.Module, patterns: str | Iterable[str], *, recompute_patterns: bool = False
+) -> list[str]:
+    """Say what `patterns`, as `resolve` reads them, leave out that a person may expect, or add."""
     uniform = hook_points(model)
     asked = {site for pattern in as_patterns(patterns) for site in matching(pattern, uniform)}
     decoders = list(find_decoders(model))
     said = []
-    if asked and not decoders[0].is_eager and any(uniform[site].heads_first for site in asked):
-        said.append(f"attention patterns were left out: {EAGER_ADVICE}; found {decoders[0].attention!r}")
+    if asked and not decoders[0].is_eager and any(uniform[site].is_pattern for site in asked):
+        if recompute_patterns:
+            said.append(
+                f"attention patterns were computed from queries, keys and masks, as {decoders[0].attention!r} "
+                "makes none"
+            )
+        else:
+            said.append(f"attention patterns were left out: {EAGER_ADVICE}; found {decoders[0].attention!r}")
     named = [decoder.path for decoder in named_decoders(model)]
     others = [decoder.path for decoder in decoders if decoder.path not in named]
     if asked and others:
@@ -142,7 +158,7 @@ def list_sites(model: torch.nn.Module) -> SiteListing:
     decoder = find_decoder(model)
     uniform = list(hook_points(model).values())
     if decoder is not None and not decoder.is_eager:
-        uniform = [point for point in uniform if not point.heads_first]
+        uniform = [point for point in uniform if not point.is_pattern]
     modules = [
         HookPoint(site=path, module_path=path, where="out")
         for path, module in model.named_modules()
@@ -191,7 +207,7 @@ def _match(
     """Hook points of one pattern."""
     sites = matching(pattern, uniform)
     if sites:
-        return [uniform[site] for site in _without_patterns(model, pattern, sites)]
+        return [uniform[site] for site in _without_patterns(model, pattern, sites, uniform)]
     path_pattern, _, where = pattern.partition(":")
     matches = matching(path_pattern, paths) if where in ("", "in", "out") else []
     if not matches and pattern in TOP_SITES:
@@ -218,12 +234,14 @@ def _largest_only(found: dict[str, HookPoint], uniform: Mapping[str, HookPoint])
     return found
 
 
-def _without_patterns(model: torch.nn.Module, pattern: str, sites: list[str]) -> list[str]:
+def _without_patterns(
+    model: torch.nn.Module, pattern: str, sites: list[str], uniform: Mapping[str, HookPoint]
+) -> list[str]:
     """Leave out attention patterns that the model does not compute; complain if there is nothing else."""
     decoder = find_decoder(model)
     if decoder is None or decoder.is_eager:
         return sites
-    kept = [site for site in sites if not site.endswith(".attn_pattern")]
+    kept = [site for site in sites if not uniform[site].is_pattern or uniform[site].where == "attention"]
     if not kept:
         raise CaptureError(
             f"site {pattern!r}: {EAGER_ADVICE}, or call model.set_attn_implementation('eager'); "
@@ -253,7 +271,8 @@ def _not_found(
     if inside := matching(f"{pattern}.*", uniform):  # a block, which holds sites and is none
         places = dict.fromkeys(site.rpartition(".")[2] for site in inside)
         wider = [f"{pattern}.{place}" for place in ("*", *places)]
-        return SiteNotFoundError(pattern, wider, where=type(model).__name__)
+        near = [name for name in wider if name.endswith((".*", ".resid_post", ".mlp_out"))]
+        return SiteNotFoundError(pattern, wider, where=type(model).__name__, near=near)
     if uniform:
         return SiteNotFoundError(pattern, [*uniform, *paths], where=type(model).__name__)
     model_type = getattr(getattr(model, "config", None), "model_type", None)

@@ -14,7 +14,8 @@ import torch
 
 from strapfmt.arguments import as_integer
 from strapfmt.errors import ArgumentError, CaptureError, StoppedPassError
-from strapfmt_capture.hookpoints import HookPoint, find_decoder, named_decoders
+from strapfmt_capture.decoders import find_decoder, named_decoders
+from strapfmt_capture.hookpoints import HookPoint
 
 __all__ = ["Stop", "StoppedPass"]
 
