@@ -347,6 +347,21 @@ def test_a_function_that_somebody_else_registers_meanwhile_stays() -> None:
     assert (attention_table(), seen) == (before, [])
 
 
+def test_a_switch_of_the_implementation_is_counted(tmp_path: Path) -> None:
+    model, inputs = tiny_model("llama", attn_implementation="sdpa"), batch()
+    with (
+        strapfmt.capture(
+            model, tmp_path / "x.strap", sites="**.attn_pattern", attn_pattern="recompute", quiet=True
+        ) as cap,
+        torch.no_grad(),
+    ):
+        model(**inputs)
+        model.set_attn_implementation("eager")
+        model(**inputs)
+    n_tokens = int(inputs["attention_mask"].sum())
+    assert [(site.n_missed, site.written) for site in cap.report.sites] == [(1, n_tokens)] * 2
+
+
 def test_the_pattern_is_of_the_dtype_of_the_model(tmp_path: Path) -> None:
     for name in ("sdpa", "eager"):
         model = tiny_model("llama", attn_implementation=name, dtype=torch.bfloat16)

@@ -86,8 +86,8 @@ class HookPoint:
 
     @property
     def hook_point(self) -> str:
-        """The place in words: `"model.layers.3:out"`."""
-        return f"{self.module_path}:{self.where}"
+        """The place in words: `"model.layers.3:out"`, with `:rotated` where that is done once more."""
+        return f"{self.module_path}:{self.where}{':rotated' if self.rotary else ''}"
 
     @property
     def is_uniform(self) -> bool:
