@@ -53,6 +53,42 @@ def test_rows_of_generation_on_a_gpu_are_those_on_the_host(tmp_path: Path) -> No
     torch.testing.assert_close(tables[0][1], tables[1][1], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotated_keys_on_a_gpu_are_those_in_the_cache(
+    tmp_path: Path, family: str, dtype: torch.dtype
+) -> None:
+    model, inputs = tiny_model(family, dtype=dtype).cuda(), padded()
+    sites = ["blocks.1.rot_k", "blocks.1.v"]
+    with strapfmt.capture(model, tmp_path / "x.strap", sites=sites, quiet=True), torch.no_grad():
+        layer = model(**inputs, use_cache=True).past_key_values.layers[1]
+    real, n = inputs["attention_mask"].bool().cpu(), layer.keys.shape[2]  # a window keeps its last places
+    for name, stored in (("rot_k", layer.keys), ("v", layer.values)):
+        found = Reader(tmp_path / "x.strap")[f"blocks.1.{name}"].tensor()
+        rows = torch.full((2, 12, *found.shape[1:]), torch.nan, dtype=found.dtype)
+        rows[real] = found
+        assert torch.equal(rows[:, -n:][real[:, -n:]], stored.transpose(1, 2).cpu()[real[:, -n:]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patterns_on_a_gpu_are_recomputed(tmp_path: Path, dtype: torch.dtype) -> None:
+    found = {}
+    for name in ("sdpa", "eager"):
+        model = tiny_model("llama", dtype=dtype, attn_implementation=name).cuda()
+        path = tmp_path / f"{name}.strap"
+        with strapfmt.capture(
+            model, path, sites="blocks.0.attn_pattern", attn_pattern="recompute", quiet=True
+        ):
+            model(**padded())
+        column = Reader(path)["blocks.0.attn_pattern"].to_arrow(["activation"])["activation"]
+        values = [torch.tensor(row.values.to_numpy()) for row in column]
+        found[name] = torch.cat(
+            [each if dtype.itemsize == 4 else each.view(dtype) for each in values]
+        ).float()
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-2
+    torch.testing.assert_close(found["sdpa"], found["eager"], atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_experts_on_a_gpu_have_the_bits_that_their_sum_is_made_of(
     tmp_path: Path, implementation: str
