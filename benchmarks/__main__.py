@@ -11,7 +11,7 @@ from benchmarks.measure import Settings
 __all__ = ["QUESTIONS", "main"]
 
 #: The modules that hold them, in the order they run.
-QUESTIONS = ("write", "read", "open", "commit_interval", "batch_size", "step", "sql")
+QUESTIONS = ("write", "read", "open", "commit_interval", "batch_size", "step", "sql", "capture_overhead")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,13 +28,20 @@ def main(arguments: list[str] | None = None) -> None:
         "--directory", type=Path, default=Path("build/benchmarks"), help="the disk to measure"
     )
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--no-peers", action="store_true", help="leave other formats out")
+    parser.add_argument("--no-peers", action="store_true", help="leave others out")
+    parser.add_argument(
+        "--peers-directory",
+        type=Path,
+        default=Settings().peers_directory,
+        help="environments of peers that exclude one another, made there when they are first needed",
+    )
     given = parser.parse_args(arguments)
     settings = Settings(
         is_quick=given.quick,
         rounds=given.rounds or (2 if given.quick else 7),
         directory=given.directory,
         peers=not given.no_peers,
+        peers_directory=given.peers_directory,
     )
     if unknown := set(given.questions) - set(QUESTIONS):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(QUESTIONS)}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.files import n_bytes_below
 from benchmarks.formats import remove
 from benchmarks.measure import DISK_REPEATS, Case, Report, Settings, filesystem, in_rounds, scratch
-from benchmarks.workloads import SITE, activations, drop_cached, n_bytes_below, some_ordinals, store
+from benchmarks.workloads import SITE, activations, drop_cached, some_ordinals, store
 from strapfmt.reader import Reader
 from strapfmt.spec import BATCH_TARGET_BYTES
 

@@ -28,6 +28,7 @@ __all__ = [
     "in_rounds",
     "is_installed",
     "machine",
+    "quartiles",
     "scratch",
 ]
 
@@ -39,6 +40,7 @@ DISK_REPEATS = 3
 _PACKAGES = (
     "strapfmt",
     "torch",
+    "transformers",
     "numpy",
     "pyarrow",
     "duckdb",
@@ -61,13 +63,16 @@ class Settings:
     directory : Path
         Scratch files go below it: what is measured is the disk it lies on.
     peers : bool
-        Measure other formats too, those that are installed.
+        Measure others too, those that are installed.
+    peers_directory : Path
+        Where environments of peers are that cannot be installed beside strapfmt.
     """
 
     is_quick: bool = False
     rounds: int = 7
     directory: Path = Path("build/benchmarks")
     peers: bool = True
+    peers_directory: Path = Path(__file__).parent / ".peers"
 
     def size(self, full: int, quick: int) -> int:
         """Return the size to use."""
@@ -105,7 +110,8 @@ class Report:
     setup : dict
         Sizes and options.
     rows : list of dict
-        A case each: its median time, rate where bytes are known, and the median ratio to its reference.
+        A case each: its median time, rate where bytes are known, and the median ratio to its reference; or why it
+        could not be measured.
     facts : dict
         Anything else that was found.
     """
@@ -143,7 +149,7 @@ class Report:
                 "reference": reference,
                 "ratio": statistics.median(ratios),
                 "ratio_of": "rates" if is_rate else "times",
-                "ratio_quartiles": _quartiles(ratios),
+                "ratio_quartiles": quartiles(ratios),
                 "seconds": list(times),
             }
             self.rows.append(row)
@@ -156,7 +162,10 @@ class Report:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(settings.directory),
             "versions": versions(),
-            "settings": {**asdict(settings), "directory": settings.directory.name},
+            "settings": {
+                name: value.name if isinstance(value, Path) else value
+                for name, value in asdict(settings).items()
+            },
             "setup": self.setup,
             "rows": [_rounded(row) for row in self.rows],
             "facts": _rounded(self.facts),
@@ -171,11 +180,14 @@ class Report:
             if row["group"] != group:
                 group = row["group"]
                 lines.append(f"  {group}  (ratio of {row['ratio_of']} to {row['reference']!r})")
+            if "failure" in row:
+                lines.append(f"    {row['case']:{width}}  {row['failure']}")
+                continue
             low, high = row["ratio_quartiles"]
             rate = f"  {row['gb_per_s']:8.2f} GB/s" if "gb_per_s" in row else ""
             lines.append(
                 f"    {row['case']:{width}}  {row['ratio']:8.3f}  [{low:.2f}, {high:.2f}]"
-                f"  {row['median_s'] * 1e3:10.3f} ms{rate}"
+                f"  {row['median_s'] * 1e3:10.3f} ms{rate}{_captured(row)}"
             )
         lines += [f"  {name}: {value}" for name, value in _rounded(self.facts).items()]
         return "\n".join(lines)
@@ -288,7 +300,17 @@ def filesystem(directory: Path) -> str:
     return kind
 
 
-def _quartiles(values: Sequence[float]) -> list[float]:
+def _captured(row: Mapping[str, Any]) -> str:
+    if "thread_ratio" not in row:
+        return ""
+    cost = "".join(f"  {what} {row[f'{what}_ratio']:.3f}" for what in ("thread", "cpu", "total"))
+    return cost + (
+        f"  {row['n_rows']} of {row['n_expected']} rows, {row['verdict']}" if "n_rows" in row else ""
+    )
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Return the lower and the upper quartile."""
     if len(values) < 2:
         return [values[0], values[0]]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")

@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
+from benchmarks.files import files_below, sync
 from benchmarks.measure import Case, Report, Settings, in_rounds, scratch
-from benchmarks.workloads import SITE, files_below, sync
+from benchmarks.workloads import SITE
 from strapfmt import spec
 from strapfmt.index import ShardIndex
 from strapfmt.reader import Reader

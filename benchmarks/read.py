@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from benchmarks.files import n_bytes_below, sync
 from benchmarks.formats import Format, Opened, OpenedMatrix, Strapfmt, peers
 from benchmarks.measure import DISK_REPEATS, Case, Report, Settings, filesystem, in_rounds, scratch
-from benchmarks.workloads import activations, bits, drop_cached, n_bytes_below, some_ordinals, sync
+from benchmarks.workloads import activations, bits, drop_cached, some_ordinals
 
 __all__ = ["measure"]
 

@@ -7,9 +7,10 @@ import os
 import numpy as np
 import torch
 
+from benchmarks.files import sync
 from benchmarks.formats import remove
 from benchmarks.measure import DISK_REPEATS, Case, Report, Settings, in_rounds, scratch
-from benchmarks.workloads import activations, bits, sync
+from benchmarks.workloads import activations, bits
 from strapfmt.schema import SiteSpec
 from strapfmt.spec import STATISTICS
 from strapfmt.writer import DatasetWriter

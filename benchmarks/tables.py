@@ -20,7 +20,8 @@ def tables(results: Path = RESULTS) -> Iterator[str]:
     for question in QUESTIONS:
         rows = json.loads((results / f"{question}.json").read_text())["rows"]
         for group in dict.fromkeys(row["group"] for row in rows):
-            yield _table(group, [row for row in rows if row["group"] == group])
+            table = _overheads if any("thread_ratio" in row for row in rows) else _table
+            yield table(group, [row for row in rows if row["group"] == group])
 
 
 def _table(group: str, rows: list[dict[str, Any]]) -> str:
@@ -31,6 +32,50 @@ def _table(group: str, rows: list[dict[str, Any]]) -> str:
         low, high = row["ratio_quartiles"]
         cells = [row["case"], f"**{row['ratio']:.2f}**", f"{low:.2f}-{high:.2f}", _time(row["median_s"])]
         lines.append([*cells, *([f"{row['gb_per_s']:.2f}"] if has_rate else [])])
+    return _markdown(lines)
+
+
+def _overheads(group: str, rows: list[dict[str, Any]]) -> str:
+    """What captures add to passes, and what they left on disk."""
+    head = [
+        f"{group[:1].upper()}{group[1:]}",
+        "time",
+        "passes",
+        "quartiles",
+        "thread",
+        "all CPU",
+        "until on disk",
+    ]
+    lines = [[*head, "rows", "values"], ["---"] * (len(head) + 2)]
+    for row in rows:
+        if "failure" in row:
+            lines.append([row["case"], row["failure"].replace("|", "\\|"), *[""] * len(head)])
+            continue
+        low, high = (_added(ratio) for ratio in row["ratio_quartiles"])
+        others = [_added(row[f"{what}_ratio"]) for what in ("thread", "cpu", "total")]
+        cells = [
+            row["case"],
+            _time(row["median_s"]),
+            f"**{_added(row['ratio'])}**",
+            f"{low} to {high}",
+            *others,
+        ]
+        lines.append([*cells, _rows(row), row.get("verdict", "")])
+    return _markdown(lines)
+
+
+def _added(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.1f} %"
+
+
+def _rows(row: dict[str, Any]) -> str:
+    if "n_rows" not in row:
+        return ""
+    n_rows, n_expected = row["n_rows"], row["n_expected"]
+    return f"{n_rows:,}" if n_rows == n_expected else f"{n_rows:,} of {n_expected:,}"
+
+
+def _markdown(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from benchmarks.files import files_below
 from strapfmt.schema import SiteSpec
 from strapfmt.spec import STATISTICS
 from strapfmt.writer import DatasetWriter
@@ -24,11 +25,8 @@ __all__ = [
     "bits",
     "chunks_of",
     "drop_cached",
-    "files_below",
-    "n_bytes_below",
     "some_ordinals",
     "store",
-    "sync",
 ]
 
 #: The site that single-site benchmarks store.
@@ -90,25 +88,6 @@ def store(
 
 
 # Files and the page cache.
-
-
-def files_below(path: Path) -> list[Path]:
-    """Return the plain files of a dataset, which may be one file."""
-    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-
-
-def n_bytes_below(path: Path) -> int:
-    """Return the bytes of those files."""
-    return sum(file.stat().st_size for file in files_below(path))
-
-
-def sync(path: Path) -> None:
-    """Make a file, or all below a directory, durable: files first, then the names."""
-    directories = [path.parent] if path.is_file() else [path, *(p for p in path.rglob("*") if p.is_dir())]
-    for place in (*files_below(path), *directories):
-        fd = os.open(place, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
 
 
 def drop_cached(path: Path) -> None:

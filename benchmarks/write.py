@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.files import n_bytes_below, sync
 from benchmarks.formats import Format, Strapfmt, peers, remove
 from benchmarks.measure import DISK_REPEATS, Case, Report, Settings, in_rounds, scratch
-from benchmarks.workloads import activations, bits, chunks_of, n_bytes_below, sync
+from benchmarks.workloads import activations, bits, chunks_of
 from strapfmt.commit import Disk
 
 __all__ = ["measure"]

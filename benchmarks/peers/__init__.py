@@ -1,0 +1,1 @@
+"""Ways to capture activations, ours and others', each in a process of its own in the environment that it needs."""
