@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,13 @@ def _overheads(group: str, rows: list[dict[str, Any]]) -> str:
     lines = [[*head, "rows", "values"], ["---"] * (len(head) + 2)]
     for row in rows:
         if "failure" in row:
-            lines.append([row["case"], row["failure"].replace("|", "\\|"), *[""] * len(head)])
+            lines.append(
+                [
+                    row["case"],
+                    textwrap.shorten(row["failure"], 100, placeholder=" ...").replace("|", "\\|"),
+                    *[""] * len(head),
+                ]
+            )
             continue
         low, high = (_added(ratio) for ratio in row["ratio_quartiles"])
         others = [_added(row[f"{what}_ratio"]) for what in ("thread", "cpu", "total")]
@@ -65,7 +72,7 @@ def _overheads(group: str, rows: list[dict[str, Any]]) -> str:
 
 
 def _added(ratio: float) -> str:
-    return f"{100 * (ratio - 1):+.1f} %"
+    return f"{round(100 * (ratio - 1), 1) + 0.0:+.1f} %"
 
 
 def _rows(row: dict[str, Any]) -> str:
