@@ -55,11 +55,14 @@ class ManifestWriter:
     ----------
     n_steps : int
         Rows of the table `steps` in the last manifest that is durable.
+    done_s : float
+        When that became durable, in seconds of `time.monotonic`.
     """
 
     def __init__(self, root: Path, io: IoThread, publisher: Publisher) -> None:
         self._path, self._io, self._publisher = root / spec.MANIFEST_NAME, io, publisher
         self._n_begun = self._n_done = self.n_steps = 0
+        self.done_s = time.monotonic()
 
     @property
     def is_idle(self) -> bool:
@@ -78,6 +81,7 @@ class ManifestWriter:
             self._publisher.commit(self._path, data, directories)
             self._publisher.remove(superseded, after_s=0 if manifest.is_clean else _GRACE_S)
             self.n_steps = manifest.n_rows_of_table("steps")
+            self.done_s = time.monotonic()
             self._n_done += 1
 
         self._n_begun += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,9 +16,9 @@ from strapfmt import spec
 from strapfmt.arguments import as_integer
 from strapfmt.claim import claim_rank
 from strapfmt.commit import Disk, IoThread, Publisher
+from strapfmt.counters import Counters
 from strapfmt.errors import ArgumentError, SiteNotFoundError, WriterClosedError
 from strapfmt.json_fields import plain_json
-from strapfmt.manifest import COUNTERS
 from strapfmt.manifest_writer import ManifestWriter, next_manifest
 from strapfmt.paths import target_path
 from strapfmt.report import SiteCount, WriteSummary
@@ -88,7 +87,6 @@ class DatasetWriter:
         facts = plain_json(provenance or {}, "provenance")
         self.path, self.rank = target_path(path), rank or 0
         self._commit_interval_s = commit_interval_s
-        self._counting = threading.Lock()
         self._sites: dict[str, SiteWriter] = {}
         self._tables: dict[str, TableWriter] = {}
         self._n_bytes = 0
@@ -100,7 +98,7 @@ class DatasetWriter:
         self._manifest = self._claim.manifest
         self._n_steps_before = self._manifest.n_rows_of_table("steps")
         self._specs = {entry.spec.name: entry.spec for entry in self._manifest.sites}
-        self._counters = dict(self._manifest.counters)
+        self._counters = Counters(self.rank, self._manifest.counters)
         try:
             self._begin(facts, batch_bytes, shard_bytes)
         except BaseException:
@@ -116,20 +114,11 @@ class DatasetWriter:
 
     def reserve(self, kind: Literal["row", "step", "sequence"], n: int) -> int:
         """Return the first of `n` new consecutive ids: `rank << 40 | counter`. Safe from any thread."""
-        if kind not in COUNTERS:
-            raise ArgumentError(f"kind: expected one of {', '.join(COUNTERS)}; got {kind!r}")
-        n = as_integer(f"{kind}: n", n, least=0)
-        with self._counting:
-            first = self._counters[kind]
-            if first + n > 1 << spec.COUNTER_BITS:
-                raise ArgumentError(f"{kind}: a rank holds at most 2^{spec.COUNTER_BITS} of them")
-            self._counters[kind] = first + n
-        return self.rank << spec.RANK_SHIFT | first
+        return self._counters.reserve(kind, n)
 
     def skip_to(self, counters: Mapping[str, int]) -> None:
         """Never reserve a number below these (by kind, without the rank's bits), as they are used elsewhere."""
-        with self._counting:
-            self._counters = {kind: max(n, counters.get(kind, 0)) for kind, n in self._counters.items()}
+        self._counters.skip_to(counters)
 
     def add_site(self, site: SiteSpec) -> None:
         """Declare a site; again with an equal spec is nothing.
@@ -215,6 +204,16 @@ class DatasetWriter:
         dropped = as_integer(f"site {site!r}: dropped", dropped, least=0)
         writer.expected += expected
         writer.dropped += dropped
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """The next number of each kind, without the rank's bits."""
+        return self._counters.numbers
+
+    @property
+    def committed_s(self) -> float:
+        """When the last commit became durable, in seconds of `time.monotonic`. Safe from any thread."""
+        return self._manifests.done_s
 
     def first_call(self, site: str) -> int:
         """Return a number above every `call` of earlier sessions, as far as each of those has rows."""
@@ -355,11 +354,9 @@ class DatasetWriter:
             number = self._manifest.commit + 1
             tables = [table.seal() if sealing else table.commit(number) for table in self._tables.values()]
             sites = [site.seal() if sealing else site.commit(number) for site in self._sites.values()]
-            with self._counting:
-                counters = dict(self._counters)
             self._manifest = next_manifest(
                 self._manifest,
-                counters=counters,
+                counters=self._counters.numbers,
                 sessions=self._session.entries,
                 sites=sites,
                 tables=tables,

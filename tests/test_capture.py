@@ -31,7 +31,7 @@ from strapfmt.errors import (
     WriterConflictError,
 )
 from strapfmt.reader import Reader
-from strapfmt_capture.drain import Drain
+from strapfmt_capture.drain_home import ThreadDrain
 from strapfmt_capture.hooks import Hooks
 from strapfmt_capture.progress import ProgressLine
 
@@ -84,7 +84,11 @@ def call(model: torch.nn.Module, *inputs: torch.Tensor) -> None:
         ({"sites": "blocks.0.resid_pots"}, SiteNotFoundError, "did you mean 'blocks.0.resid_post'"),
         ({"sites": []}, ArgumentError, "sites: expected at least one"),
         ({"codec": "gzip"}, ArgumentError, "gzip"),
-        ({"on_full": "wait"}, ArgumentError, "on_full: expected one of block, drop, raise; got 'wait'"),
+        (
+            {"on_full": "wait"},
+            ArgumentError,
+            "on_full: expected one of block, drop, raise, spill; got 'wait'",
+        ),
         ({"stats": ["median"]}, ArgumentError, "median"),
         ({"mode": "update"}, ArgumentError, "mode: expected 'create', 'overwrite' or 'append'"),
         ({"mode": "append", "overwrite": True}, ArgumentError, "choose one"),
@@ -687,7 +691,7 @@ def test_the_ring_is_given_back_at_the_end(tmp_path: Path) -> None:
     model = Layers()
     with strapfmt.capture(model, tmp_path / "x.strap", sites="first", quiet=True) as cap:
         model(torch.zeros(2, 4))
-        memory = weakref.ref(cap._engine.rings.host._bytes)
+        memory = weakref.ref(cap._engine.rings.host.memory.bytes)
         assert memory() is not None
     assert memory() is None
     assert cap.report.n_rows == 2
@@ -903,7 +907,7 @@ def test_torchscript_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("part", [(Hooks, "attached"), (Drain, "start")])
+@pytest.mark.parametrize("part", [(Hooks, "attached"), (ThreadDrain, "start")])
 @pytest.mark.parametrize("rank", [None, 1])
 def test_a_session_that_cannot_begin_leaves_nothing_behind(
     part: tuple[type, str], rank: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,8 @@ from models import tiny_model
 import strapfmt
 from strapfmt.reader import Reader
 from strapfmt.schema import SiteSpec
-from strapfmt_capture.drain import Item
+from strapfmt_capture.items import Item
+from strapfmt_capture.memory import Memory
 from strapfmt_capture.ring import Ring
 from strapfmt_capture.rings import Rings
 from strapfmt_capture.turn import Values
@@ -20,6 +21,7 @@ from strapfmt_capture.turn import Values
 pytestmark = pytest.mark.gpu
 
 IDS = torch.arange(5, 29).reshape(2, 12)
+NOWHERE = Memory(64)
 SPEC = SiteSpec(name="s", dtype="int32", shape=(256,), row_space="own")
 
 
@@ -155,6 +157,7 @@ def test_a_ring_on_the_gpu_is_reused_a_hundred_thousand_times_without_a_torn_slo
             dtype=torch.int32,
             shape=(256,),
             n_rows=n_rows,
+            memory=NOWHERE,  # the mover says where
             start=slot.start,
             rows=None,
             token_row=None,

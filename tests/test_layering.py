@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"dtypes", "codecs", "extras", "batches", "bits", "paths", "json_fields", "arguments"},
     {"schema", "arrowfile", "records"},
     {"manifest", "index"},
-    {"layout", "commit", "mapped", "report", "row_checks", "row_buffer"},
+    {"layout", "commit", "counters", "mapped", "report", "row_checks", "row_buffer"},
     {"ranks", "shard", "shard_files", "claim", "salvage", "unfinished", "marks"},
     {"shard_reader", "series"},
     {"site_writer", "sharded", "addresses", "table"},

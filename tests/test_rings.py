@@ -18,11 +18,13 @@ from strapfmt.schema import SiteSpec
 from strapfmt_capture import rings as rings_module
 from strapfmt_capture.accounts import CaptureReport
 from strapfmt_capture.device_ring import DeviceRing
-from strapfmt_capture.drain import Events, Item
+from strapfmt_capture.items import Events, Item
+from strapfmt_capture.memory import Memory
 from strapfmt_capture.ring import Ring
 from strapfmt_capture.rings import Rings
 from strapfmt_capture.turn import Values
 
+NOWHERE = Memory(64)
 SPEC = SiteSpec(name="s", dtype="uint8", shape=(1,), row_space="own")
 FIRST, SECOND = torch.device("cpu", 0), torch.device("cpu", 1)
 HOST = torch.device("cpu")
@@ -34,6 +36,7 @@ def values_of(number: int, n_bytes: int, start: int) -> Values:
         dtype=torch.uint8,
         shape=(1,),
         n_rows=n_bytes,
+        memory=NOWHERE,  # the mover says where
         start=start,
         rows=None,
         token_row=None,

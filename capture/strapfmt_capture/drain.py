@@ -1,228 +1,195 @@
-"""The drain: one thread that takes what hooks left in the ring, computes statistics, and hands it to the writer."""
+"""The drain: takes what hooks left in the ring, computes statistics, and hands it to the writer; wherever it runs."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from strapfmt.errors import DrainError
 from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
-from strapfmt_capture.disk_space import DiskSpace
-from strapfmt_capture.ring import Ring
-from strapfmt_capture.rows import Column, Step
+from strapfmt_capture.dropped import DroppedRows
+from strapfmt_capture.items import (
+    Annotation,
+    Boundary,
+    Events,
+    Finish,
+    Item,
+    Spilled,
+    StepEnd,
+    StepStart,
+)
+from strapfmt_capture.messages import ItemReader
+from strapfmt_capture.rows import Step
+from strapfmt_capture.spill import SpillFile
 from strapfmt_capture.statistics import Columns, RowStatistics
-from strapfmt_capture.turn import Piece, Values, compute_statistics, pieces_of
+from strapfmt_capture.turn import Piece, Values, compute_statistics, merged, pieces_of, statistics_of
 
-__all__ = ["Annotation", "Boundary", "Drain", "Events", "Item", "StepEnd", "StepStart"]
+__all__ = ["Drain", "Progress", "Source", "turn_bytes"]
 
 _TURN_SHARE = 8
 _TURN_BYTES = 16 << 20
-_PATIENCE_S = 2.0
+
+
+class Source(Protocol):
+    """Where a drain takes items from: a `Ring`, or what arrives from one in another process."""
+
+    @property
+    def is_aborted(self) -> bool:
+        """Whether nothing more is to be written."""
+
+    @property
+    def position(self) -> int:
+        """Position behind everything taken so far, for `release`."""
+
+    def take(self, max_bytes: int, *, wait: bool = True) -> list[Item]:
+        """Take items in order; none, if `wait`, means that no more will come."""
+
+    def abort(self) -> None:
+        """Say that nothing more will be taken."""
 
 
 @dataclass(slots=True, kw_only=True)
-class StepStart:
-    """A step begins. Its tokens go first, so that whatever is rescued after a crash has them."""
-
-    step: Step
-
-
-@dataclass(slots=True, kw_only=True)
-class StepEnd:
-    """A step is over; `dropped` counts the rows that each site should have stored in it and did not.
-
-    `is_whole`: everything up to here may be committed. Not so inside a block whose steps are committed together.
-    """
-
-    step: Step
-    started_ns: int
-    duration_s: float
-    status: str
-    reason: str | None
-    dropped: dict[str, int]
-    is_whole: bool = True
-
-
-@dataclass(slots=True, kw_only=True)
-class Events:
-    """Columns of `row_events` that belong to no step."""
-
-    columns: dict[str, Column]
-
-
-@dataclass(slots=True, kw_only=True)
-class Boundary:
-    """No step is under way, and everything up to here may be committed; `is_urgent`: it must be, at once."""
-
-    is_urgent: bool = False
-
-
-@dataclass(slots=True, kw_only=True)
-class Annotation:
-    """An annotation of the session, JSON-ready."""
-
-    record: dict[str, Any]
-
-
-Item = SiteSpec | StepStart | Values | StepEnd | Events | Boundary | Annotation
-
-
-class Drain:
-    """Empties a ring into a writer, in a thread of its own.
-
-    The first failure ends it: the ring is aborted, so that nobody waits for it, and the failure is kept for `check` and
-    `finish`.
-
-    Parameters
-    ----------
-    ring : Ring
-    writer : DatasetWriter
-        The drain's own from `start` on, but for `reserve`; it closes or aborts it.
-    space : DiskSpace
-        Told in every turn what there is to write.
+class Progress:
+    """How far a drain is.
 
     Attributes
     ----------
-    space : DiskSpace
     n_rows, n_bytes : int
         Handed to the writer so far, over all sites.
     written : dict of str to int
         Rows handed to the writer, by site.
+    lost : dict of str to int
+        Rows that an interrupt has kept from the ring, by site; known at the end.
+    n_unspilled_bytes : int
+        Bytes of the spill file that were read back and written.
+    most_pass_bytes : int
+        Values of the largest step.
+    n_committed_steps : int
+        Steps of this session that are durable, of those that have ended.
+    committed_s : float
+        When the last commit became durable, in seconds of `time.monotonic`.
     """
 
-    def __init__(self, ring: Ring[Item], writer: DatasetWriter, space: DiskSpace) -> None:
-        self._ring, self._writer, self.space = ring, writer, space
-        self._statistics = RowStatistics()
-        self._failure: BaseException | None = None
-        self._provenance: Mapping[str, Any] = {}
-        self._turn_bytes = min(_TURN_BYTES, ring.n_bytes // _TURN_SHARE)
-        self._thread = threading.Thread(target=self._run, name="strapfmt-drain", daemon=True)
+    n_rows: int = 0
+    n_bytes: int = 0
+    written: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, int] = field(default_factory=dict)
+    n_unspilled_bytes: int = 0
+    most_pass_bytes: int = 0
+    n_committed_steps: int = 0
+    committed_s: float = field(default_factory=time.monotonic)
+
+
+class Drain:
+    """Empties a source into a writer, turn by turn.
+
+    Parameters
+    ----------
+    source : Source
+    writer : DatasetWriter
+        The drain's own, but for `reserve`; it closes or aborts it.
+    specs : dict of str to SiteSpec
+        The sites that items have declared.
+    spill : SpillFile, optional
+        Where spilled items lie.
+    max_bytes : int
+        Bytes of values in a turn.
+    on_turn : callable
+        Called after every turn with the progress, and with the position before which slots may be given back.
+
+    Attributes
+    ----------
+    failure : BaseException or None
+        What has ended it too early.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        writer: DatasetWriter,
+        *,
+        specs: dict[str, SiteSpec],
+        spill: SpillFile | None,
+        max_bytes: int,
+        on_turn: Callable[[Progress, int], None],
+    ) -> None:
+        self._source, self._writer, self._spill = source, writer, spill
+        self._intake = _Intake(source, spill, specs)
+        self._max_bytes, self._on_turn = max_bytes, on_turn
+        self._statistics, self._dropped = RowStatistics(), DroppedRows()
         #: The next free row behind the last step that ended.
         self._next_row = writer.reserve("row", 0)
         #: By site: the last call that hooks counted, and its number in the dataset.
         self._calls: dict[str, tuple[int, int]] = {}
-        self.n_rows, self.n_bytes, self._pass_bytes = 0, 0, 0
-        self.written: dict[str, int] = {}
+        self._open: Step | None = None
+        self._n_abandoned = self._pass_bytes = self._released = 0
+        self._told_s = 0.0
+        self._finish: Finish | None = None
+        self._progress = Progress()
+        self.failure: BaseException | None = None
 
-    # For the thread that runs the model.
-
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
-
-    @property
-    def failed(self) -> bool:
-        """Whether it has stopped because of a failure."""
-        return self._failure is not None
-
-    def check(self) -> None:
-        """Raise what has stopped the drain, if anything has.
-
-        Raises
-        ------
-        DrainError
-            With the failure as its cause.
-        """
-        if self._failure is not None:
-            raise DrainError(
-                f"{self._writer.path}: writing failed after {self.n_rows} rows, and what was captured since the last "
-                f"commit is lost ({type(self._failure).__name__}: {self._failure}); what was committed before can be "
-                "read where it is, and mode='append' goes on behind it"
-            ) from self._failure
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether its thread runs, which it may still do after `abort` if the disk hangs."""
-        return self._thread.is_alive()
-
-    @property
-    def n_committed_steps(self) -> int:
-        """Steps of this session that are durable, of those that have ended."""
-        return self._writer.n_committed_steps
-
-    def finish(self, provenance: Mapping[str, Any] | None = None) -> None:
-        """Write what is left, close the writer, and end the thread.
-
-        Raises
-        ------
-        DrainError
-            If anything failed on the way.
-        """
-        self._provenance = provenance or {}
-        self._ring.close()
-        try:
-            self._thread.join()
-        except BaseException:
-            self.abort()
-            raise
-        self.check()
-
-    def abort(self) -> None:
-        """End the thread without writing any more; the last commit stays. A disk that hangs is not waited for."""
-        self._ring.abort()
-        self._thread.join(_PATIENCE_S)
-
-    # Inside the thread.
-
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Take turns until a `Finish` closes the dataset; without one, commit what there is, unless aborted."""
         try:
             self._drain()
-            if self._ring.is_aborted:
-                self._writer.abort()
-            else:
-                self._writer.close(provenance=self._provenance)
-        except BaseException as error:  # noqa: BLE001 - raised where the user waits, by check()
-            self._failure = error
-            self._ring.abort()
+            if not self._source.is_aborted:
+                self._end()
             self._writer.abort()
+        except BaseException as error:  # noqa: BLE001 - kept, and raised where the user waits
+            self.failure = error
+            self._source.abort()
+            self._writer.abort()
+
+    def progress(self) -> Progress:
+        """Return how far it is, commits that became durable since the last turn included."""
+        self._progress.n_committed_steps = self._writer.n_committed_steps
+        self._progress.committed_s = self._writer.committed_s
+        return self._progress
+
+    def tell(self) -> None:
+        """Call `on_turn` if a commit became durable since the last turn."""
+        if self._writer.committed_s != self._told_s:
+            self._tell()
+
+    def _tell(self) -> None:
+        progress = self.progress()
+        self._told_s = progress.committed_s
+        self._on_turn(progress, self._released)
 
     def _drain(self) -> None:
         """Take turns: while the writer's own thread writes one turn, the statistics of the next are computed."""
-        written = 0
-        self._look()
+        written = _Turn([], 0, 0)
         while True:
-            items = self._ring.take(self._turn_bytes, wait=False)
-            if not items:
+            turn = self._intake.take(self._max_bytes, wait=False)
+            if turn is None:
                 self._writer.wait()
-                self._look()
-                self._ring.release(written)
-                items = self._ring.take(self._turn_bytes)
-                if not items:
+                self._release(written)
+                turn = self._intake.take(self._max_bytes, wait=True)
+                if turn is None:
                     return
-            position = self._ring.position
-            values = [item for item in items if isinstance(item, Values)]
-            statistics = compute_statistics(values, self._ring, self._statistics)
+            values = [item for item in turn.items if isinstance(item, Values)]
+            statistics = compute_statistics(values, self._statistics)
             self._writer.wait()
-            self._look()
-            self._ring.release(written)
-            self._write(items, statistics)
-            written = position
+            self._release(written)
+            self._write(turn.items, statistics)
+            written = _Turn([], turn.position, turn.spilled)
 
-    def _look(self) -> None:
-        """Look at the disk before ring memory is released: what it holds counts as waiting until it is on the disk."""
-        self.space.look(n_bytes=self.n_bytes, n_rows=self.n_rows, n_sites=len(self.written))
-
-    def _count_passes(self, items: Sequence[Item]) -> None:
-        for item in items:
-            if isinstance(item, Values):
-                self._pass_bytes += item.n_bytes
-            elif isinstance(item, StepEnd):
-                self.space.passed(self._pass_bytes)
-                self._pass_bytes = 0
+    def _release(self, turn: _Turn) -> None:
+        self._released = turn.position
+        if self._spill is not None:
+            self._spill.release(turn.spilled)
+            self._progress.n_unspilled_bytes = turn.spilled
+        self._tell()
 
     def _write(self, items: Sequence[Item], statistics: Columns) -> None:
         """Hand everything over; a commit, if it is due, comes behind the last step that is complete."""
-        ends = [
-            place
-            for place, item in enumerate(items)
-            if isinstance(item, Boundary) or (isinstance(item, StepEnd) and item.is_whole)
-        ]
+        ends = [place for place, item in enumerate(items) if _may_be_committed(item)]
         n_whole = ends[-1] + 1 if ends else 0
         self._write_items(items[:n_whole], statistics)
         if any(isinstance(item, Boundary) and item.is_urgent for item in items[:n_whole]):
@@ -232,40 +199,58 @@ class Drain:
         self._write_items(items[n_whole:], statistics)
         self._count_passes(items)
 
-    def _write_items(self, items: Sequence[Item], statistics: Columns) -> None:
+    def _count_passes(self, items: Sequence[Item]) -> None:
+        progress = self._progress
         for item in items:
-            if isinstance(item, StepStart):
-                self._write_rows(item.step)
-            elif isinstance(item, SiteSpec):
+            if isinstance(item, Values):
+                self._pass_bytes += item.n_bytes
+            elif isinstance(item, StepEnd):
+                progress.most_pass_bytes = max(progress.most_pass_bytes, self._pass_bytes)
+                self._pass_bytes = 0
+
+    def _write_items(self, items: Sequence[Item], statistics: Columns) -> None:
+        self._write_tables(items)
+        for item in items:
+            if isinstance(item, SiteSpec):
                 self._writer.add_site(item)
-            elif isinstance(item, Events):
-                self._writer.write_table("row_events", item.columns)
             elif isinstance(item, Annotation):
                 self._writer.mark(item.record)
-        for piece in pieces_of([item for item in items if isinstance(item, Values)]):
-            self._write_piece(piece, statistics)
+        pieces = list(pieces_of([item for item in items if isinstance(item, Values)]))
+        for piece, columns in zip(pieces, statistics_of(pieces, statistics), strict=True):
+            self._write_piece(piece, columns)
         for item in items:
-            if isinstance(item, StepEnd):
-                self._write_end(item)
+            if isinstance(item, StepStart):
+                self._open = item.step
+            elif isinstance(item, StepEnd):
+                self._open = None
+        self._write_ends([item for item in items if isinstance(item, StepEnd)])
+        for item in items:
+            if isinstance(item, Finish):
+                self._finish = item
 
-    def _write_rows(self, step: Step) -> None:
-        if len(step.rows):
-            self._writer.write_table("tokens", step.tokens)
-        if step.sequences is not None:
-            self._writer.write_table("sequences", step.sequences)
-        if step.events is not None:
-            self._writer.write_table("row_events", step.events)
+    def _write_tables(self, items: Sequence[Item]) -> None:
+        """Write what steps begin with, each table once."""
+        steps = [item.step for item in items if isinstance(item, StepStart)]
+        self._write_table("tokens", [step.tokens for step in steps if len(step.rows)])
+        self._write_table("sequences", [step.sequences for step in steps if step.sequences is not None])
+        events = [step.events for step in steps if step.events is not None]
+        self._write_table("row_events", events + [item.columns for item in items if isinstance(item, Events)])
+
+    def _write_table(self, name: str, parts: Sequence[dict[str, Any]]) -> None:
+        if parts:
+            self._writer.write_table(name, merged(name, parts))
 
     def _write_piece(self, piece: Piece, statistics: Columns) -> None:
-        name, n_rows, values = piece.spec.name, piece.n_rows, piece.stored(self._ring)
+        name, n_rows, values = piece.spec.name, piece.n_rows, piece.stored()
         columns = piece.columns()
         if "call" in columns:
             columns["call"] = self._numbered(name, columns["call"])
-        self._writer.write(name, values, statistics=piece.statistics(statistics), **columns)
+        self._writer.write(name, values, statistics=statistics, **columns)
         self._writer.count(name, expected=n_rows)
-        self.written[name] = self.written.get(name, 0) + n_rows
-        self.n_rows += n_rows
-        self.n_bytes += values.nbytes
+        progress = self._progress
+        progress.written[name] = progress.written.get(name, 0) + n_rows
+        progress.n_rows += n_rows
+        progress.n_bytes += values.nbytes
 
     def _numbered(self, site: str, calls: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Number calls that stored something, on behind earlier sessions; hooks count every call of their session."""
@@ -274,17 +259,124 @@ class Drain:
         self._calls[site] = int(calls[-1]), int(numbers[-1])
         return numbers
 
-    def _write_end(self, end: StepEnd) -> None:
-        step = end.step
-        if len(step.rows):
-            self._next_row = int(step.rows[-1]) + 1
-        for name, n_rows in end.dropped.items():
-            self._writer.count(name, expected=n_rows, dropped=n_rows)
-        if end.status == "abandoned" and len(step.rows):
-            n_rows = len(step.rows)
-            columns = {"row": step.rows, "step": np.full(n_rows, step.step), "event": ["abandoned"] * n_rows}
-            self._writer.write_table("row_events", {**columns, "detail": [end.reason] * n_rows})
-        self._writer.write_table("steps", _step_columns(end, self._next_row))
+    def _write_ends(self, ends: Sequence[StepEnd]) -> None:
+        rows: list[dict[str, Any]] = []
+        for end in ends:
+            step = end.step
+            if len(step.rows):
+                self._next_row = int(step.rows[-1]) + 1
+            for name, n_rows in end.dropped.items():
+                self._writer.count(name, expected=n_rows, dropped=n_rows)
+            self._dropped.add(end)
+            if end.status == "abandoned":
+                self._n_abandoned += 1
+                self._write_abandoned(end)
+            rows.append(_step_columns(end, self._next_row))
+        self._write_table("steps", rows)
+
+    def _write_abandoned(self, end: StepEnd) -> None:
+        n_rows = len(end.step.rows)
+        if n_rows:
+            columns = {
+                "row": end.step.rows,
+                "step": np.full(n_rows, end.step.step),
+                "event": ["abandoned"] * n_rows,
+                "detail": [end.reason] * n_rows,
+            }
+            self._writer.write_table("row_events", columns)
+
+    def _end(self) -> None:
+        if self._finish is None:
+            self._leave()
+        else:
+            self._close(self._finish)
+
+    def _close(self, finish: Finish) -> None:
+        """Count what an interrupt has kept from the ring, and close the dataset."""
+        dropped = self._dropped.by_site
+        for name, n_rows in finish.seen.items():
+            n_lost = n_rows - self._progress.written.get(name, 0) - dropped.get(name, 0)
+            if n_lost > 0 and self._n_abandoned:
+                self._progress.lost[name] = n_lost
+                self._writer.count(name, expected=n_lost, dropped=n_lost)
+        self._dropped.add_lost(self._progress.lost)
+        outcome = finish.facts.get("outcome", {})
+        self._writer.close(
+            provenance={**finish.facts, "outcome": {**outcome, "dropped": self._dropped.to_list()}}
+        )
+        self._tell()
+
+    def _leave(self) -> None:
+        """Commit what is there, for a process that has ended without a word."""
+        if self._open is not None:
+            reason = "the process that ran the model has ended"
+            end = StepEnd(
+                step=self._open,
+                started_ns=time.time_ns(),
+                duration_s=0.0,
+                status="abandoned",
+                reason=reason,
+                dropped={},
+            )
+            self._write_ends([end])
+        self._writer.commit()
+
+
+class _Turn(NamedTuple):
+    """What is written together; `position` and `spilled` say which memory and which part of the spill file it is."""
+
+    items: list[Item]
+    position: int
+    spilled: int
+
+
+class _Intake:
+    """Takes items from a source, and from the spill file where the source says so."""
+
+    def __init__(self, source: Source, spill: SpillFile | None, specs: dict[str, SiteSpec]) -> None:
+        self._source, self._spill, self._specs = source, spill, specs
+        self._reader = ItemReader(specs)
+        self._waiting: deque[Item] = deque()
+        self._position = self._spilled = 0
+
+    def take(self, max_bytes: int, *, wait: bool) -> _Turn | None:
+        """Return what comes next, None if there is nothing yet or, after waiting, nothing any more."""
+        if not self._waiting:
+            self._waiting.extend(self._source.take(max_bytes, wait=wait))
+            if not self._waiting:
+                return None
+        items = self._read_back() if isinstance(self._waiting[0], Spilled) else list(self._next())
+        if not self._waiting:
+            self._position = self._source.position
+        return _Turn(items, self._position, self._spilled)
+
+    def _next(self) -> Iterator[Item]:
+        """Take items up to the next that is spilled."""
+        while self._waiting and not isinstance(self._waiting[0], Spilled):
+            item = self._waiting.popleft()
+            if isinstance(item, SiteSpec):
+                self._specs[item.name] = item
+            yield item
+
+    def _read_back(self) -> list[Item]:
+        """Read one record of the spill file."""
+        spilled = self._waiting[0]
+        assert isinstance(spilled, Spilled)
+        assert self._spill is not None
+        items, self._spilled = self._spill.read(max(spilled.start, self._spilled), self._reader)
+        if self._spilled == spilled.stop:
+            self._waiting.popleft()
+        return items
+
+
+def turn_bytes(ring_bytes: int) -> int:
+    """Return how many bytes of values a turn has, so that two of them leave most of the ring to the hooks."""
+    return min(_TURN_BYTES, ring_bytes // _TURN_SHARE)
+
+
+def _may_be_committed(item: Item) -> bool:
+    """Whether everything up to here is whole."""
+    return isinstance(item, Boundary) or (isinstance(item, StepEnd) and item.is_whole)
 
 
 def _step_columns(end: StepEnd, next_row: int) -> dict[str, list[Any]]:

@@ -21,10 +21,13 @@ from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
 from strapfmt_capture.channels import Channels, facts_of
 from strapfmt_capture.disk_space import DiskSpace
-from strapfmt_capture.drain import Drain
+from strapfmt_capture.drain_home import DrainHome, ThreadDrain
+from strapfmt_capture.drain_process import ProcessDrain
 from strapfmt_capture.encoders import stacks_of
 from strapfmt_capture.hookpoints import HookPoint, hook_points
 from strapfmt_capture.hooks import Hooks, OnFull
+from strapfmt_capture.items import Finish, Item
+from strapfmt_capture.live import CaptureStats, stats_of
 from strapfmt_capture.progress import ProgressLine
 from strapfmt_capture.provenance import describe_model, describe_tokenizer, describe_versions
 from strapfmt_capture.ring import Ring
@@ -35,10 +38,12 @@ from strapfmt_capture.steering import Steering
 from strapfmt_capture.stopping import Stop
 from strapfmt_capture.texts import ForgivingTokenizer
 
-__all__ = ["Engine", "Mode", "Options"]
+__all__ = ["DrainKind", "Engine", "Mode", "Options"]
 
+DrainKind = Literal["thread", "process"]
 Mode = Literal["create", "overwrite", "append"]
-_ON_FULL = ("block", "drop", "raise")
+_ON_FULL = ("block", "drop", "raise", "spill")
+_DRAINS = ("thread", "process")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +52,8 @@ class Options:
 
     codec: str
     on_full: OnFull
+    spill_path: str | None
+    drain: DrainKind
     stats: tuple[str, ...]
     mode: Mode
     rank: int | None
@@ -68,6 +75,9 @@ class Options:
             object.__setattr__(self, "top_k_logits", as_integer("top_k_logits", self.top_k_logits, least=1))
         if self.on_full not in _ON_FULL:
             raise ArgumentError(f"on_full: expected one of {', '.join(_ON_FULL)}; got {self.on_full!r}")
+        if self.drain not in _DRAINS:
+            raise ArgumentError(f"drain: expected one of {', '.join(_DRAINS)}; got {self.drain!r}")
+        self._check_spill()
         for name in ("host_ring_bytes", "gpu_ring_bytes", "batch_bytes", "shard_bytes"):
             object.__setattr__(self, name, as_integer(name, getattr(self, name), least=spec.ALIGNMENT_BYTES))
         if self.min_free_bytes is not None:
@@ -78,6 +88,15 @@ class Options:
             "commit_interval_s",
             as_seconds("commit_interval_s", self.commit_interval_s, may_be_zero=True),
         )
+
+    def _check_spill(self) -> None:
+        if (self.on_full == "spill") != (self.spill_path is not None):
+            raise ArgumentError(
+                'spill_path: expected a directory on another disk with on_full="spill", and None otherwise; got '
+                f"{self.spill_path!r} with on_full={self.on_full!r}"
+            )
+        if self.spill_path is not None and not Path(self.spill_path).is_dir():
+            raise ArgumentError(f"spill_path: expected a directory that exists, got {self.spill_path!r}")
 
     def facts(self, channels: Mapping[str, Channels]) -> dict[str, Any]:
         """What the manifest says of them; of filters, those that were asked for."""
@@ -105,7 +124,7 @@ class Engine:
         progress: bool | None,
     ) -> None:
         self._is_running = False
-        self.rings = Rings(Ring(options.host_ring_bytes), gpu_ring_bytes=options.gpu_ring_bytes)
+        self.rings = Rings(_make_ring(options), gpu_ring_bytes=options.gpu_ring_bytes)
         self.tokenizer = None if tokenizer is None else ForgivingTokenizer(tokenizer)
         encoders = stacks_of(model).inside_encoders()
         self.tracker = RowTracker(
@@ -128,10 +147,9 @@ class Engine:
         with ExitStack() as undo:
             undo.enter_context(self._progress)
             # What can fail has been tried: with mode="overwrite" the writer removes what there was.
-            self.writer = _open_writer(path, options, facts)
-            undo.callback(_give_up, self.writer, options.mode)
-            space = DiskSpace(path, options.min_free_bytes, options.batch_bytes)
-            self.drain = Drain(self.rings.host, self.writer, space)
+            self.drain = _open_drain(path, options, facts, self.rings.host)
+            undo.callback(_give_up, self.drain, options.mode)
+            self.rings.spill = self.drain.spill
             self._attached.callback(self.tracker.close)
             self.hooks = Hooks(
                 points,
@@ -142,7 +160,7 @@ class Engine:
                 on_full=options.on_full,
                 codec=options.codec,
                 statistics=options.stats,
-                known=self.writer.sites,
+                known=self.drain.sites,
                 selection=options.selection,
                 channels=channels,
             )
@@ -176,11 +194,34 @@ class Engine:
             self.drain.abort()
             raise
         else:
-            self.drain.finish(self._outcome())
+            seen = {tap.point.site: tap.expected for tap in self.hooks.taps}
+            self.drain.finish(Finish(facts=self._outcome(), seen=seen))
+            self._check_account()
         finally:
             self._progress.__exit__(None, None, None)
             if not self.drain.is_alive:
                 self.rings.free()
+
+    def stats(self, state: str) -> CaptureStats:
+        """Return figures of this moment."""
+        return stats_of(self.hooks, self.drain, self.rings, state)
+
+    def _check_account(self) -> None:
+        """Raise if rows have got lost without a reason."""
+        progress = self.drain.progress
+        wrong = [
+            f"{tap.point.site!r}: {tap.expected} rows seen, {written} written, {tap.dropped + lost} dropped"
+            for tap in self.hooks.taps
+            if tap.expected
+            != (written := progress.written.get(tap.point.site, 0))
+            + tap.dropped
+            + (lost := progress.lost.get(tap.point.site, 0))
+        ]
+        if wrong:
+            raise CaptureError(
+                f"{self.drain.path}: the account of {len(wrong)} sites does not balance ({'; '.join(wrong[:3])}); the "
+                "dataset is closed and what it holds is sound, but rows are missing or too many: report this"
+            )
 
     def _outcome(self) -> dict[str, Any]:
         filtered = {tap.point.site: tap.filtered for tap in self.hooks.taps if tap.filtered}
@@ -195,41 +236,64 @@ class Engine:
                 **({"missed_steps": missed} if missed else {}),
                 **({"stopped": self.drain.space.note} if self.drain.space.note else {}),
                 "devices": sorted(str(device) for device in self.hooks.devices),
+                **self._spilled(),
                 "stall_s": self.rings.stall_s,
                 "peak_fill": self.rings.peak_fill,
             }
         }
 
+    def _spilled(self) -> dict[str, int]:
+        spill = self.drain.spill
+        if spill is None:
+            return {}
+        return {
+            "n_spilled_steps": self.hooks.steps.n_spilled_steps,
+            "n_spilled_bytes": spill.file.end,
+            "n_spills_refused": spill.n_refused,
+        }
+
     def _reserve(self, kind: Literal["row", "step", "sequence"], n: int) -> int:
-        # The tracker is made before the writer, and asks for numbers in the first pass.
-        return self.writer.reserve(kind, n)
+        # The tracker is made before the drain, and asks for numbers in the first pass.
+        return self.drain.reserve(kind, n)
 
     def _read_progress(self) -> tuple[int, int, float, int]:
         if not self._is_running:
             return 0, 0, 0.0, 0
         n_dropped = sum(tap.dropped for tap in self.hooks.taps)
-        return self.drain.n_rows, self.drain.n_bytes, self.rings.fill, n_dropped
+        progress = self.drain.progress
+        return progress.n_rows, progress.n_bytes, self.rings.fill, n_dropped
 
 
-def _open_writer(path: Path, options: Options, provenance: Mapping[str, Any]) -> DatasetWriter:
-    return DatasetWriter(
-        path,
-        rank=options.rank,
-        mode=options.mode,
-        batch_bytes=options.batch_bytes,
-        shard_bytes=options.shard_bytes,
-        commit_interval_s=options.commit_interval_s,
-        provenance=provenance,
-    )
+def _make_ring(options: Options) -> Ring[Item]:
+    # Steps that are spilled go through a second ring: both together are what was asked for.
+    n_bytes = options.host_ring_bytes // (1 if options.spill_path is None else 2)
+    return Ring(n_bytes, is_shared=options.drain == "process")
 
 
-def _give_up(writer: DatasetWriter, mode: Mode) -> None:
+def _open_drain(path: Path, options: Options, provenance: Mapping[str, Any], ring: Ring[Item]) -> DrainHome:
+    writer_options: dict[str, Any] = {
+        "path": str(path),
+        "rank": options.rank,
+        "mode": options.mode,
+        "batch_bytes": options.batch_bytes,
+        "shard_bytes": options.shard_bytes,
+        "commit_interval_s": options.commit_interval_s,
+        "provenance": provenance,
+    }
+    space = DiskSpace(path, options.min_free_bytes, options.batch_bytes)
+    spill_path = None if options.spill_path is None else Path(options.spill_path)
+    if options.drain == "process":
+        return ProcessDrain(ring, writer_options, space, spill_path)
+    return ThreadDrain(ring, DatasetWriter(**writer_options), space, spill_path)
+
+
+def _give_up(drain: DrainHome, mode: Mode) -> None:
     """End a session that could not begin; what its writer has made goes, what was there to append to stays."""
-    writer.abort()
+    drain.abort()
     if mode != "append":
         # What has kept the session from beginning is what is raised.
         with suppress(OSError, WriterConflictError):
-            discard_rank(writer.path, writer.rank)
+            discard_rank(drain.path, drain.rank)
 
 
 def _check_takes_hooks(

@@ -30,7 +30,7 @@ from strapfmt.schema import SiteSpec
 from strapfmt_capture.attention import watched
 from strapfmt_capture.channels import Channels
 from strapfmt_capture.computed import is_computing
-from strapfmt_capture.drain import Drain
+from strapfmt_capture.drain_home import DrainHome
 from strapfmt_capture.eager import check_runs_eagerly, is_repetition
 from strapfmt_capture.encoders import stacks_of
 from strapfmt_capture.heads import POSITIONS
@@ -101,10 +101,10 @@ class Hooks:
     heads : collection of str
         Paths of modules that may leave out all but the last positions.
     rings : Rings
-    drain : Drain
+    drain : DrainHome
         Asked at every step whether it has failed.
     tracker : RowTracker
-    on_full : {"block", "drop", "raise"}
+    on_full : {"block", "drop", "raise", "spill"}
         What happens when the ring is full as a step begins. A step that has begun waits for space.
     codec, statistics
         Of every site.
@@ -122,7 +122,7 @@ class Hooks:
         *,
         heads: Iterable[str],
         rings: Rings,
-        drain: Drain,
+        drain: DrainHome,
         tracker: RowTracker,
         on_full: OnFull,
         codec: str,
@@ -400,6 +400,7 @@ class Hooks:
             dtype=x.dtype,
             shape=shape,
             n_rows=stop - start,
+            memory=ring.memory,
             start=slot.start,
             rows=None if placed.rows is None else placed.rows[part],
             token_row=None if placed.token_row is None else placed.token_row[part],

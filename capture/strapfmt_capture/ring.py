@@ -11,21 +11,16 @@ queue, which is one operation: a slot that was reserved and never published is s
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
+import os
 import threading
 import time
 from collections import deque
-from functools import lru_cache
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
-from strapfmt.dtypes import DTYPES
 from strapfmt.errors import ArgumentError
 from strapfmt.spec import ALIGNMENT_BYTES
+from strapfmt_capture.memory import Memory, aligned
 
 __all__ = ["RING_BYTES", "Ring", "Signal", "Slot"]
 
@@ -37,10 +32,6 @@ _WORTHWHILE_BYTES = 8 << 20
 _LINGER_S = 0.25
 # A wake-up that an interrupt has swallowed is made good after so long.
 _RECHECK_S = 1.0
-
-# Making a view of the ring and copying to it takes four calls into torch, as long as the copy itself takes up to here.
-_SMALL_BYTES = 64 << 10
-_DTYPES = [dtype.torch for dtype in DTYPES.values()]
 
 Item = TypeVar("Item")
 
@@ -61,10 +52,15 @@ class Ring(Generic[Item]):
         Size, rounded up to a multiple of 64.
     device : str
         Where the memory lies.
+    is_shared : bool
+        Whether another process is to map the memory, in which case it is populated and `fd` is its descriptor.
 
     Attributes
     ----------
     n_bytes : int
+    memory : Memory
+        What the slots lie in.
+    fd : int or None
     stall_s : float
         How long producers have waited for space.
     n_stalls : int
@@ -73,26 +69,22 @@ class Ring(Generic[Item]):
         Most bytes in use at a time.
     """
 
-    def __init__(self, n_bytes: int = RING_BYTES, *, device: str = "cpu") -> None:
+    def __init__(self, n_bytes: int = RING_BYTES, *, device: str = "cpu", is_shared: bool = False) -> None:
         if n_bytes < ALIGNMENT_BYTES:
             raise ArgumentError(f"host_ring_bytes: expected at least {ALIGNMENT_BYTES}, got {n_bytes}")
-        self.n_bytes = _aligned(n_bytes)
         self.stall_s, self.n_stalls, self.peak_bytes = 0.0, 0, 0
-        # Memory from inside inference mode could not be written to outside of it.
-        with torch.inference_mode(False):
-            try:
-                memory = torch.empty(self.n_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
-            except (RuntimeError, TypeError) as error:  # too much for the machine; too much for 64 bits
-                raise ArgumentError(
-                    f"host_ring_bytes: expected no more memory than there is, got {n_bytes}; 256 MiB usually do"
-                ) from error
-            start = -memory.data_ptr() % ALIGNMENT_BYTES
-            usable = memory[start : start + self.n_bytes]
-            self._typed = {dtype: usable.view(dtype) for dtype in _DTYPES}
-            #: All of it, bytes.
-            self.memory = usable
-            self._address = usable.data_ptr()
-            self._bytes = usable.numpy() if usable.device.type == "cpu" else np.empty(0, np.uint8)
+        self.fd: int | None = None
+        try:
+            self.fd = Memory.share(n_bytes) if is_shared else None
+            self.memory = Memory(n_bytes, device=device, fd=self.fd)
+        except (RuntimeError, TypeError, OSError, OverflowError) as error:  # for the machine; for 64 bits
+            self._close_fd()
+            raise ArgumentError(
+                f"host_ring_bytes: expected no more memory than there is, got {n_bytes}; 256 MiB usually do"
+            ) from error
+        self.n_bytes = self.memory.n_bytes
+        #: Views of the memory, and a copy into it, from a position; see `Memory`.
+        self.view, self.array, self.copy_in = self.memory.view, self.memory.array, self.memory.copy_in
         self._worthwhile_bytes = min(_WORTHWHILE_BYTES, int(self.n_bytes * _WORTHWHILE_SHARE))
         self._items: deque[tuple[Item, int]] = deque()
         self._taken = 0
@@ -119,29 +111,6 @@ class Ring(Generic[Item]):
         """Whether the consumer has gone."""
         return self._is_aborted
 
-    def view(self, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return the memory from position `start` as a contiguous tensor.
-
-        Returns
-        -------
-        torch.Tensor, shape `shape`
-            The ring's own memory; valid until the slot is released.
-        """
-        return self._typed[dtype].as_strided(shape, _strides(shape), start % self.n_bytes // dtype.itemsize)
-
-    def copy_in(self, start: int, x: torch.Tensor) -> None:
-        """Copy `x` to position `start`, contiguous."""
-        if x.nbytes <= _SMALL_BYTES and x.is_cpu and x.is_contiguous() and not x.is_neg():
-            ctypes.memmove(self._address + start % self.n_bytes, x.data_ptr(), x.nbytes)
-        else:
-            self.view(start, x.dtype, tuple(x.shape)).copy_(x)
-
-    def array(self, start: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        """Return the memory from position `start` as a contiguous NumPy array, as `view` does; in host memory."""
-        first = start % self.n_bytes
-        flat = self._bytes[first : first + math.prod(shape) * dtype.itemsize]
-        return flat.view(dtype).reshape(shape)
-
     # The producer's side.
 
     def reserve(self, n_bytes: int) -> Slot | None:
@@ -157,7 +126,7 @@ class Ring(Generic[Item]):
         ArgumentError
             If the ring could never hold it.
         """
-        needed = _aligned(n_bytes)
+        needed = aligned(n_bytes)
         if needed > self.n_bytes:
             raise ArgumentError(
                 f"a slot of {n_bytes} bytes does not fit a ring of {self.n_bytes}; raise host_ring_bytes"
@@ -175,10 +144,23 @@ class Ring(Generic[Item]):
         if wakes:
             self._work.set()
 
+    def press(self) -> None:
+        """Let the consumer take what there is, without waiting for more."""
+        self._is_pressed = True
+        self._work.set()
+
+    def replace_last(self, old: Item, new: Item) -> bool:
+        """Put `new` in the place of `old`, an item without a slot, if that came last and was not taken yet."""
+        with self._lock:
+            if not self._items or self._items[-1][0] is not old:
+                return False
+            self._items[-1] = (new, self._items[-1][1])
+            return True
+
     def free(self) -> None:
         """Give the memory back; nothing but the counts may be asked for afterwards."""
-        self._typed, self._bytes = {}, np.empty(0, np.uint8)
-        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.memory.free()
+        self._close_fd()
 
     def close(self) -> None:
         """Say that nothing more will be published."""
@@ -237,6 +219,11 @@ class Ring(Generic[Item]):
 
     # Inside.
 
+    def _close_fd(self) -> None:
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
     def _head(self) -> int:
         """Position behind the last published slot."""
         items = self._items
@@ -260,8 +247,7 @@ class Ring(Generic[Item]):
         self.n_stalls += 1
         try:
             while (slot := self._place(needed)) is None and not self._is_aborted:
-                self._is_pressed = True
-                self._work.set()
+                self.press()
                 self._space.wait(_RECHECK_S)
             return slot
         finally:
@@ -300,13 +286,3 @@ class Signal:
     def wait(self, timeout_s: float) -> None:
         """Wait to be woken, or for so long."""
         self._lock.acquire(timeout=timeout_s)
-
-
-@lru_cache(maxsize=1024)
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor."""
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-
-
-def _aligned(n_bytes: int) -> int:
-    return -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

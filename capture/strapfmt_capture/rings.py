@@ -18,11 +18,15 @@ import torch
 
 from strapfmt.errors import DrainError
 from strapfmt_capture.device_ring import GPU_RING_BYTES, CudaStreams, DeviceRing, Entry, Streams
-from strapfmt_capture.drain import Annotation, Boundary, Events, Item, StepEnd
+from strapfmt_capture.items import Annotation, Boundary, Events, Item, StepEnd
 from strapfmt_capture.ring import Ring, Signal, Slot
+from strapfmt_capture.spill import Spill
 from strapfmt_capture.turn import Values
 
-__all__ = ["Rings", "streams_of"]
+__all__ = ["FULL_SHARE", "Rings", "streams_of"]
+
+# When more than this share is in use, a ring counts as full: the rest is for a step that has begun.
+FULL_SHARE = 1 / 2
 
 # Moved at a time: large enough that the pause between two moves does not count.
 _RUN_BYTES = 32 << 20
@@ -52,6 +56,8 @@ class Rings:
     host : Ring
     devices : dict of torch.device to DeviceRing
         The rings that there are besides.
+    spill : Spill or None
+        Where things go while the host's ring is full; set before the first is published.
     is_pinned : bool or None
         Whether the host's ring could be locked for the GPU; None as long as there is none.
     """
@@ -65,6 +71,9 @@ class Rings:
     ) -> None:
         self.host = host
         self.devices: dict[torch.device, DeviceRing[Item]] = {}
+        self.spill: Spill | None = None
+        #: That of the host, or the one of what is spilled.
+        self._sink: Ring[Any] = host
         self.is_pinned: bool | None = None
         self._gpu_ring_bytes, self._streams = gpu_ring_bytes, streams or streams_of
         self._by_device: dict[torch.device, Ring[Any]] = {}
@@ -82,7 +91,7 @@ class Rings:
         """Hand over what holds no values."""
         first = next(iter(self.devices.values()), None)
         if first is None:
-            self.host.publish(item)
+            self._sink.publish(item)
         else:
             first.add(item)
             if isinstance(item, StepEnd | Events | Boundary | Annotation):
@@ -98,7 +107,26 @@ class Rings:
     def of(self, device: torch.device) -> Ring[Any]:
         """Return the ring for values on `device`, on that device if it works beside the host."""
         ring = self._by_device.get(device)
+        if ring is self.host:
+            return self._sink
         return self._opened(device) if ring is None else ring
+
+    def divert(self, is_full: bool) -> bool:
+        """Let what comes next be spilled, if the host's ring is full, or go there again; return which.
+
+        Values on a GPU are spilled by the mover, when it finds the host's ring full.
+        """
+        if self.spill is None or self.devices:
+            return False
+        self._divert(self.spill, is_full)
+        return is_full
+
+    def _divert(self, spill: Spill, is_full: bool) -> None:
+        if is_full:
+            self._sink = spill.ring
+        elif self._sink is not self.host:
+            spill.settle()
+            self._sink = self.host
 
     def mark(self) -> None:
         """Let the rings of the devices be emptied up to here."""
@@ -115,7 +143,8 @@ class Rings:
     @property
     def n_used(self) -> int:
         """Bytes in use in all rings; those on their way from one to another count in both."""
-        return self.host.n_used + sum(ring.n_used for ring in self.devices.values())
+        spilling = 0 if self.spill is None else self.spill.ring.n_used
+        return self.host.n_used + spilling + sum(ring.n_used for ring in self.devices.values())
 
     @property
     def fill(self) -> float:
@@ -131,9 +160,11 @@ class Rings:
     @property
     def stall_s(self) -> float:
         """How long the model has waited for space."""
-        return sum(
-            (ring.stall_s for ring in self.devices.values()), 0.0 if self.devices else self.host.stall_s
-        )
+        rings: list[Ring[Any]] = [*self.devices.values()] or [
+            self.host,
+            *([self.spill.ring] if self.spill else []),
+        ]
+        return sum(ring.stall_s for ring in rings)
 
     def check(self) -> None:
         """Raise what has stopped the mover, if anything has.
@@ -185,10 +216,12 @@ class Rings:
         if streams is None:
             if not self.devices:
                 self._by_device[device] = self.host
-                return self.host
+                return self._sink
             streams = _HostStreams()  # a model that lies partly in host memory
         elif self.is_pinned is None:
             self._pin(streams)
+        if self.spill is not None:
+            self._divert(self.spill, False)
         ring: DeviceRing[Item] = DeviceRing(
             self._gpu_ring_bytes, device, streams, next_number=self._number, mark_all=self.mark
         )
@@ -201,7 +234,7 @@ class Rings:
 
     def _pin(self, streams: Streams) -> None:
         try:
-            self._unpin = streams.pin(self.host.memory)
+            self._unpin = streams.pin(self.host.memory.tensor)
         except RuntimeError:  # the report says so; copies are slower and hold up the mover only
             self.is_pinned = False
         else:
@@ -241,24 +274,27 @@ class Rings:
     def _move(self, run: _Run) -> bool:
         """Move neighbours in one ring to the host's ring; False if the drain has gone."""
         start, stop = run.start, run.stop
-        slot = self.host.reserve(stop - start)
+        if self.spill is not None:
+            self._divert(self.spill, self.host.fill > FULL_SHARE)
+        sink = self._sink
+        slot = sink.reserve(stop - start)
         if slot is None:
             return False
         if stop > start:
             streams = run.ring.streams
             source = run.ring.view(start, torch.uint8, (stop - start,))
-            target = self.host.view(slot.start, torch.uint8, (stop - start,))
+            target = sink.view(slot.start, torch.uint8, (stop - start,))
             streams.wait(streams.fetch(source, target, run.marks))
             run.ring.release(stop)
         for entry in run.entries:
             if entry.slot is None:
                 assert entry.item is not None
-                self.host.publish(entry.item)
+                sink.publish(entry.item)
                 continue
             values, offset = entry.item, slot.start - start
             assert isinstance(values, Values)
-            values.start += offset
-            self.host.publish(values, Slot(entry.slot.start + offset, entry.slot.stop + offset))
+            values.memory, values.start = sink.memory, values.start + offset
+            sink.publish(values, Slot(entry.slot.start + offset, entry.slot.stop + offset))
         return True
 
 

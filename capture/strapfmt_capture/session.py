@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,8 +27,10 @@ from strapfmt_capture.arguments import (
 )
 from strapfmt_capture.channels import channels_of, facts_of
 from strapfmt_capture.device_ring import GPU_RING_BYTES
-from strapfmt_capture.engine import Engine, Mode, Options
+from strapfmt_capture.drain import Progress
+from strapfmt_capture.engine import DrainKind, Engine, Mode, Options
 from strapfmt_capture.hooks import OnFull, Tap
+from strapfmt_capture.live import CaptureStats
 from strapfmt_capture.ring import RING_BYTES
 from strapfmt_capture.selection import Positions, Selection, TokenColumns
 from strapfmt_capture.sites import as_patterns, check_not_compiled, describe, remarks, resolve, row_modules
@@ -49,6 +52,8 @@ def capture(
     top_k_logits: int | None = None,
     codec: str = "none",
     on_full: OnFull = "block",
+    spill_path: str | Path | None = None,
+    drain: DrainKind = "thread",
     stats: bool | Collection[str] = True,
     phases: str | Collection[str] | None = None,
     every: int = 1,
@@ -98,9 +103,15 @@ def capture(
         the model gives them) and `logits.top_ids` (`[k]`, int64). None: `logits` whole.
     codec : str
         "none", "lz4" or "zstd".
-    on_full : {"block", "drop", "raise"}
+    on_full : {"block", "drop", "raise", "spill"}
         What happens when writing cannot keep up and the ring is full as a forward pass begins: the model waits, the
-        values of the whole pass are not stored (its tokens are, marked dropped), or `RingFullError` is raised.
+        values of the whole pass are not stored (its tokens are, marked dropped), `RingFullError` is raised, or the
+        whole pass goes to a file in `spill_path`, from which it comes into the dataset later, in its place.
+    spill_path : path, optional
+        A directory, best on another disk; for `on_full="spill"` only. When it is full the model waits.
+    drain : {"thread", "process"}
+        Where statistics are computed and files written: in a thread of this process, or in a process of its own that
+        maps the same memory and runs where the model leaves a core idle. A process takes about two seconds to start.
     stats : bool or collection of str
         Statistics stored with every row: all, none, or some of `strapfmt.spec.STATISTICS`; of the elements that are
         stored.
@@ -175,6 +186,8 @@ def capture(
     options = Options(
         codec=codec,
         on_full=on_full,
+        spill_path=None if spill_path is None else os.path.abspath(spill_path),
+        drain=drain,
         stats=check_statistics(stats),
         mode="overwrite" if overwrite else mode,
         rank=rank_from_environment() if rank is None else rank,
@@ -290,6 +303,8 @@ class Capture:
             self._state = "closed"
         except DrainError as failure:
             problem = failure
+        except CaptureError as failure:  # of an account that does not balance
+            self._state, problem = "closed", failure
         if error is not None:
             _add_note(error, f"strapfmt: {problem or self.report.summary()}")
             return
@@ -309,13 +324,13 @@ class Capture:
         return CaptureReport(
             path=self.path,
             state=self._state,
-            sites=tuple(_account(tap, drain.written if drain else {}) for tap in taps),
+            sites=tuple(_account(tap, drain.progress if drain else Progress()) for tap in taps),
             n_tokens=hooks.steps.n_tokens if hooks else 0,
             n_steps=hooks.steps.n_steps if hooks else 0,
             n_dropped_steps=hooks.steps.n_dropped_steps if hooks else 0,
             n_abandoned_steps=hooks.steps.n_abandoned_steps if hooks else 0,
             n_paused_passes=hooks.steps.n_paused_passes if hooks else 0,
-            n_bytes=drain.n_bytes if drain else 0,
+            n_bytes=drain.progress.n_bytes if drain else 0,
             stall_s=rings.stall_s if rings else 0.0,
             peak_fill=rings.peak_fill if rings else 0.0,
             notes=(*self._remarks, *(_notes(self._engine) if self._engine else ())),
@@ -416,6 +431,11 @@ class Capture:
         """Pause for the length of a `with` block; one that is paused already stays so."""
         return self._running("paused()").steering.paused()
 
+    @property
+    def stats(self) -> CaptureStats:
+        """Figures of this moment, at any time and from any thread: `print(cap.stats)`."""
+        return self._engine.stats(self._state) if self._engine else CaptureStats(state=self._state)
+
     def estimate(self, n_tokens: int) -> Estimate:
         """Estimate the bytes that storing the values of `n_tokens` tokens takes, before any codec."""
         n_tokens = as_integer("n_tokens", n_tokens, least=0)
@@ -455,7 +475,7 @@ class Capture:
         return SiteNeverFiredError(silent, f"{why}; the dataset is closed: {self.report.summary()}")
 
 
-def _account(tap: Tap, written: Mapping[str, int]) -> SiteAccount:
+def _account(tap: Tap, progress: Progress) -> SiteAccount:
     known = tap.layout.spec if tap.layout is not None else None
     return SiteAccount(
         name=tap.point.site,
@@ -464,8 +484,8 @@ def _account(tap: Tap, written: Mapping[str, int]) -> SiteAccount:
         shape=known.shape if known else None,
         row_space=known.row_space if known else None,
         expected=tap.expected,
-        written=written.get(tap.point.site, 0),
-        dropped=tap.dropped,
+        written=progress.written.get(tap.point.site, 0),
+        dropped=tap.dropped + progress.lost.get(tap.point.site, 0),
         filtered=tap.filtered,
         n_missed=tap.n_missed,
     )

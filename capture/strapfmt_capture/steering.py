@@ -12,7 +12,8 @@ from strapfmt.done_keys import KEY, key_text, read_done_keys
 from strapfmt.errors import ArgumentError
 from strapfmt.json_fields import plain_json
 from strapfmt_capture.arguments import tags_text
-from strapfmt_capture.drain import Annotation, Drain
+from strapfmt_capture.drain_home import DrainHome
+from strapfmt_capture.items import Annotation
 from strapfmt_capture.rings import Rings
 from strapfmt_capture.rows import RowTracker
 from strapfmt_capture.steps import Steps
@@ -35,7 +36,9 @@ class Steering:
         Those of the capture.
     """
 
-    def __init__(self, path: Path, *, rings: Rings, drain: Drain, tracker: RowTracker, steps: Steps) -> None:
+    def __init__(
+        self, path: Path, *, rings: Rings, drain: DrainHome, tracker: RowTracker, steps: Steps
+    ) -> None:
         self._path, self._rings, self._drain, self._tracker, self._steps = path, rings, drain, tracker, steps
         #: Read when first asked for.
         self._done: set[str] | None = None

@@ -26,20 +26,20 @@ import numpy.typing as npt
 import torch
 
 from strapfmt.errors import CaptureError, DiskSpaceError, RingFullError
-from strapfmt_capture.drain import Boundary, Drain, Events, StepEnd, StepStart
+from strapfmt_capture.drain_home import DrainHome
+from strapfmt_capture.dropped import INTERRUPTED, RING_FULL
 from strapfmt_capture.eager import check_runs_eagerly, is_repetition
 from strapfmt_capture.inputs import Inputs, named_arguments, read_inputs
+from strapfmt_capture.items import Boundary, Events, StepEnd, StepStart
 from strapfmt_capture.placement import Placement
-from strapfmt_capture.rings import Rings
+from strapfmt_capture.rings import FULL_SHARE, Rings
 from strapfmt_capture.rows import RowTracker, Step
 from strapfmt_capture.selection import Selector
 
 __all__ = ["OnFull", "OpenStep", "Steps"]
 
-OnFull = Literal["block", "drop", "raise"]
+OnFull = Literal["block", "drop", "raise", "spill"]
 
-# When a step begins and more than this share is in use, the ring counts as full: the rest is for the step itself.
-_FULL_SHARE = 1 / 2
 _REASON_CHARS = 500
 
 
@@ -87,10 +87,10 @@ class Steps:
     Parameters
     ----------
     rings : Rings
-    drain : Drain
+    drain : DrainHome
         Asked at every step whether it has failed.
     tracker : RowTracker
-    on_full : {"block", "drop", "raise"}
+    on_full : {"block", "drop", "raise", "spill"}
         What happens when the ring is full as a step begins. A step that has begun waits for space.
     on_complete : callable
         Called with each step that has ended well.
@@ -101,7 +101,7 @@ class Steps:
     ----------
     process : int
         The one in which passes are recorded.
-    n_steps, n_dropped_steps, n_abandoned_steps, n_paused_passes, n_tokens : int
+    n_steps, n_dropped_steps, n_spilled_steps, n_abandoned_steps, n_paused_passes, n_tokens : int
     is_paused : bool
         Whether passes are counted only.
     """
@@ -110,7 +110,7 @@ class Steps:
         self,
         *,
         rings: Rings,
-        drain: Drain,
+        drain: DrainHome,
         tracker: RowTracker,
         on_full: OnFull,
         on_complete: Callable[[OpenStep], None],
@@ -119,7 +119,7 @@ class Steps:
         self.process = os.getpid()
         self.n_steps, self.n_dropped_steps, self.n_abandoned_steps, self.n_tokens = 0, 0, 0, 0
         self._rings, self._drain, self._tracker = rings, drain, tracker
-        self.n_paused_passes, self.is_paused = 0, False
+        self.n_spilled_steps, self.n_paused_passes, self.is_paused = 0, 0, False
         self._on_full, self._on_complete, self._selector = on_full, on_complete, selector
         self._call: _Call | None = None
         #: The outermost call under way while paused.
@@ -146,7 +146,7 @@ class Steps:
             if self._is_inside(call, frame):
                 self._enter_inside(call, module, args, kwargs, frame)
                 return
-            self._end(call, "abandoned", "interrupted")
+            self._end(call, "abandoned", INTERRUPTED)
         self._thread = threading.get_ident()
         self._call = _called(module, args, kwargs, frame, frame, sys.exception())
 
@@ -197,7 +197,7 @@ class Steps:
             raise CaptureError(f"{what} was called inside a forward pass; call it between passes")
         self._passed_by = None
         if call is not None:
-            self._end(call, "abandoned", "interrupted")
+            self._end(call, "abandoned", INTERRUPTED)
 
     def pause(self) -> None:
         """Count passes from here on, and do nothing else with them."""
@@ -289,7 +289,7 @@ class Steps:
         space = self._drain.space
         was_short = space.is_short
         try:
-            space.check(self._rings.n_used)
+            space.check(self._rings.n_used + self._drain.n_spill_pending_bytes)
         except DiskSpaceError:
             if not was_short and not self._tracker.keys.is_in_block:  # else its end is what can be committed
                 self._rings.publish(Boundary(is_urgent=True))
@@ -299,12 +299,15 @@ class Steps:
         self._drain.check()
         self._check_space()
         self._rings.check()
-        is_full = self._on_full != "block" and self._rings.fill > _FULL_SHARE
+        is_full = self._on_full != "block" and self._rings.fill > FULL_SHARE
         if is_full and self._on_full == "raise":
             raise RingFullError(
                 f"the ring is full ({self._rings.fill:.0%} of {self._rings.most_bytes} bytes wait to be written) and "
-                'on_full="raise"; use "block" or "drop", a larger host_ring_bytes, fewer sites or a faster disk'
+                'on_full="raise"; use "block", "drop" or "spill", a larger host_ring_bytes, fewer sites, a faster disk'
             )
+        if self._rings.divert(is_full):
+            self.n_spilled_steps, is_full = self.n_spilled_steps + 1, False
+        is_full = is_full and self._on_full == "drop"
         step = self._tracker.begin(call.module, call.inputs)
         if call.output is not None:
             self._tracker.returned(call.output)
@@ -337,7 +340,7 @@ class Steps:
     def _end_well(self, call: _Call) -> None:
         open_step = call.open or self._begin(call)
         if open_step.is_dropped:
-            self._end(call, "dropped", "the ring was full")
+            self._end(call, "dropped", RING_FULL)
         else:
             self._on_complete(open_step)
             self._end(call, "complete", None)
@@ -410,4 +413,4 @@ def _positions(kept: Any, n_query: int) -> npt.NDArray[np.int64] | None:
 
 
 def _reason(error: BaseException | None) -> str:
-    return "interrupted" if error is None else f"{type(error).__name__}: {error}"[:_REASON_CHARS]
+    return INTERRUPTED if error is None else f"{type(error).__name__}: {error}"[:_REASON_CHARS]
