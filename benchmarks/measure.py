@@ -29,7 +29,9 @@ __all__ = [
     "is_installed",
     "machine",
     "quartiles",
+    "rounded",
     "scratch",
+    "versions",
 ]
 
 #: Runs in a row of anything that fills the page cache. On a virtual machine, memory that has lain free for two seconds
@@ -167,8 +169,8 @@ class Report:
                 for name, value in asdict(settings).items()
             },
             "setup": self.setup,
-            "rows": [_rounded(row) for row in self.rows],
-            "facts": _rounded(self.facts),
+            "rows": [rounded(row) for row in self.rows],
+            "facts": rounded(self.facts),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n")
@@ -189,7 +191,7 @@ class Report:
                 f"    {row['case']:{width}}  {row['ratio']:8.3f}  [{low:.2f}, {high:.2f}]"
                 f"  {row['median_s'] * 1e3:10.3f} ms{rate}{_captured(row)}"
             )
-        lines += [f"  {name}: {value}" for name, value in _rounded(self.facts).items()]
+        lines += [f"  {name}: {value}" for name, value in rounded(self.facts).items()]
         return "\n".join(lines)
 
 
@@ -317,11 +319,11 @@ def quartiles(values: Sequence[float]) -> list[float]:
     return [low, high]
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, Mapping):
-        return {name: _rounded(inner) for name, inner in value.items()}
+        return {name: rounded(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_rounded(inner) for inner in value]
+        return [rounded(inner) for inner in value]
     return value

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["SMALL", "TINY", "Shape", "Workload", "load", "resid_post", "save"]
+__all__ = ["EIGHT_B", "ONE_B", "SMALL", "TINY", "Shape", "Workload", "load", "resid_post", "save"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +48,22 @@ class Shape:
                 torch.nn.init.uniform_(weights, 0.5, 1.5)
         return model
 
+    def build_on(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """Return a model of this shape with random weights, made where it is to run."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with device:
+                return self.build()
+        finally:
+            torch.set_default_dtype(before)
+
 
 #: What CPUs are measured with, and what a smoke test takes.
 SMALL = Shape(n_layers=12, d_model=768, n_heads=12, n_kv_heads=12, d_mlp=2_048, d_vocab=32_000)
+#: What GPUs are measured with: the shapes of Llama 3.2 1B and Llama 3.1 8B.
+ONE_B = Shape(n_layers=16, d_model=2_048, n_heads=32, n_kv_heads=8, d_mlp=8_192, d_vocab=128_256)
+EIGHT_B = Shape(n_layers=32, d_model=4_096, n_heads=32, n_kv_heads=8, d_mlp=14_336, d_vocab=128_256)
 TINY = Shape(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_mlp=48, d_vocab=100)
 
 

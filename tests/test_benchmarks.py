@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu
 from benchmarks.__main__ import QUESTIONS, main
 from benchmarks.measure import Case, Report, Settings, in_rounds
 from benchmarks.tables import tables
@@ -30,6 +31,7 @@ def test_every_benchmark_is_listed() -> None:
         "__main__",
         "files",
         "formats",
+        "gpu",
         "measure",
         "models",
         "stored",
@@ -45,6 +47,22 @@ def test_the_page_shows_the_stored_results() -> None:
     for table in tables():
         at = page.find(table, at)
         assert at >= 0, f"run `python -m benchmarks.tables`; not on the page, or not in this order:\n{table}"
+
+
+def test_the_gpu_benchmark_runs_on_any_device(tmp_path: Path) -> None:
+    options = ["--quick", "--device", "cpu", "--no-tests", "--mode", "eager", "--memory", str(tmp_path)]
+    places = ["--disk", str(tmp_path / "disk"), "--results", str(tmp_path / "gpu.json")]
+    with pytest.raises(SystemExit) as exit_:
+        gpu.main([*options, *places])
+    assert exit_.value.code == 0
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert result["is_quick"]
+    assert [row for row in result["rows"] if "failed" in row] == []
+    captured = [row for row in result["rows"] if "rows_seen" in row]
+    assert len(captured) == 5
+    assert all(row["rows_seen"] == row["rows_stored"] > 0 for row in captured)
+    assert result["not_measured"] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "gpu.json"]
 
 
 def test_ratios_are_paired_by_round() -> None:
