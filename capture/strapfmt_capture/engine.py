@@ -24,10 +24,12 @@ from strapfmt_capture.disk_space import DiskSpace
 from strapfmt_capture.drain_home import DrainHome, ThreadDrain
 from strapfmt_capture.drain_process import ProcessDrain
 from strapfmt_capture.encoders import stacks_of
+from strapfmt_capture.groups import Group
 from strapfmt_capture.hookpoints import HookPoint, hook_points
 from strapfmt_capture.hooks import Hooks, OnFull
 from strapfmt_capture.items import Finish, Item
 from strapfmt_capture.live import CaptureStats, stats_of
+from strapfmt_capture.parallel import placements_of
 from strapfmt_capture.progress import ProgressLine
 from strapfmt_capture.provenance import describe_model, describe_tokenizer, describe_versions
 from strapfmt_capture.ring import Ring
@@ -122,6 +124,7 @@ class Engine:
         tokenizer: Any,
         tags: Mapping[str, Any] | None,
         progress: bool | None,
+        group: Group | None = None,
     ) -> None:
         self._is_running = False
         self.rings = Rings(_make_ring(options), gpu_ring_bytes=options.gpu_ring_bytes)
@@ -139,6 +142,7 @@ class Engine:
             "versions": describe_versions(),
             "options": options.facts(channels),
             "sites": {point.site: point.hook_point for point in points},
+            **({"tensor_parallel_ranks": list(group.ranks)} if group else {}),
         }
         # pyarrow imports pandas, where there is one, at the first of these: not inside a forward pass.
         pa.array([0])
@@ -226,6 +230,7 @@ class Engine:
     def _outcome(self) -> dict[str, Any]:
         filtered = {tap.point.site: tap.filtered for tap in self.hooks.taps if tap.filtered}
         missed = {tap.point.site: tap.n_missed for tap in self.hooks.taps if tap.n_missed}
+        placements = placements_of(tap.point for tap in self.hooks.taps)
         return {
             "outcome": {
                 "n_steps": self.hooks.steps.n_steps,
@@ -235,6 +240,7 @@ class Engine:
                 "n_paused_passes": self.hooks.steps.n_paused_passes,
                 **({"missed_steps": missed} if missed else {}),
                 **({"stopped": self.drain.space.note} if self.drain.space.note else {}),
+                **({"placements": placements} if placements else {}),
                 "devices": sorted(str(device) for device in self.hooks.devices),
                 **self._spilled(),
                 "stall_s": self.rings.stall_s,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,6 +63,8 @@ class HookPoint:
         Rotates queries or keys once more, as the module at `attention_path` is about to do.
     attention_path : str or None
         The attention module, where `read` has to know what that was called with.
+    whole : callable or None
+        Makes one tensor of a value that is spread over processes: see `parallel`.
     """
 
     site: str
@@ -78,6 +80,7 @@ class HookPoint:
     split: Split | None = None
     rotary: Rotary | None = None
     attention_path: str | None = None
+    whole: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_pattern(self) -> bool:
@@ -126,6 +129,8 @@ class HookPoint:
             If there is no tensor at this place in this call.
         """
         value = self._input(args, kwargs) if self.where == "in" else self._output(output)
+        if self.whole is not None and isinstance(value, torch.Tensor):
+            value = self.whole(value)
         if self.compute is not None:
             assert module is not None
             value = self.compute(value, module, args, kwargs)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -14,8 +15,9 @@ import torch
 
 from strapfmt import spec
 from strapfmt.arguments import as_integer
-from strapfmt.claim import check_writable, rank_from_environment
+from strapfmt.claim import check_writable
 from strapfmt.errors import ArgumentError, CaptureError, DrainError, SiteNeverFiredError
+from strapfmt.paths import target_path
 from strapfmt.writer import COMMIT_INTERVAL_S
 from strapfmt_capture.accounts import CaptureReport, Estimate, SiteAccount, estimate
 from strapfmt_capture.arguments import (
@@ -29,8 +31,10 @@ from strapfmt_capture.channels import channels_of, facts_of
 from strapfmt_capture.device_ring import GPU_RING_BYTES
 from strapfmt_capture.drain import Progress
 from strapfmt_capture.engine import DrainKind, Engine, Mode, Options
+from strapfmt_capture.groups import Group, find_group, first_does, own_rank
 from strapfmt_capture.hooks import OnFull, Tap
 from strapfmt_capture.live import CaptureStats
+from strapfmt_capture.parallel import whole_points
 from strapfmt_capture.ring import RING_BYTES
 from strapfmt_capture.selection import Positions, Selection, TokenColumns
 from strapfmt_capture.sites import as_patterns, check_not_compiled, describe, remarks, resolve, row_modules
@@ -66,6 +70,7 @@ def capture(
     mode: Mode = "create",
     overwrite: bool = False,
     rank: int | None = None,
+    tp_group: Any = None,
     host_ring_bytes: int = RING_BYTES,
     gpu_ring_bytes: int = GPU_RING_BYTES,
     batch_bytes: int = spec.BATCH_TARGET_BYTES,
@@ -144,7 +149,10 @@ def capture(
         The same as `mode="overwrite"`.
     rank : int, optional
         This process's number among several that write one dataset. None: that of the environment variable `RANK`,
-        which torchrun sets; without it, the only writer.
+        which torchrun sets, or of `torch.distributed`; without either, the only writer.
+    tp_group : DeviceMesh or ProcessGroup, optional
+        The processes that run the same passes on parts of one model. Their values are made whole, which all of them
+        take part in, and the first of them writes. None: those over which the model's parameters (DTensors) are split.
     host_ring_bytes : int
         Host memory between the model and the writer.
     gpu_ring_bytes : int
@@ -176,6 +184,8 @@ def capture(
         As `mode` and `overwrite` demand.
     CompiledModelError
         If the model, or a part of it, is compiled.
+    CaptureError
+        In the other processes of a tensor-parallel group, if the one that writes could not begin.
     ArgumentError
         If another argument is wrong, or a site comes after `stop_at_layer`.
     """
@@ -190,7 +200,7 @@ def capture(
         drain=drain,
         stats=check_statistics(stats),
         mode="overwrite" if overwrite else mode,
-        rank=rank_from_environment() if rank is None else rank,
+        rank=own_rank() if rank is None else rank,
         host_ring_bytes=host_ring_bytes,
         gpu_ring_bytes=gpu_ring_bytes,
         batch_bytes=batch_bytes,
@@ -208,9 +218,11 @@ def capture(
     check_model(model)
     check_tokenizer(tokenizer)
     tags_text(tags)
-    path = check_writable(path, rank=options.rank, mode=options.mode)
+    group = find_group(model, tp_group)
+    path = target_path(path)
+    first_does(group, partial(check_writable, path, rank=options.rank, mode=options.mode))
     check_not_compiled(model)
-    return Capture(
+    return _kind(group)(
         model,
         path,
         sites,
@@ -221,6 +233,7 @@ def capture(
         tags=tags,
         progress=progress,
         quiet=quiet,
+        group=group,
     )
 
 
@@ -248,6 +261,7 @@ class Capture:
         tags: Mapping[str, Any] | None,
         progress: bool | None,
         quiet: bool,
+        group: Group | None = None,
     ) -> None:
         self.path, self.statistics = path, options.stats
         self._place = (
@@ -256,17 +270,16 @@ class Capture:
         self._model, self._options, self._tokenizer, self._tags = model, options, tokenizer, tags
         patterns = as_patterns(sites)
         recompute = attn_pattern == "recompute"
-        self._points = resolve(
-            model, patterns, top_k_logits=options.top_k_logits, recompute_patterns=recompute
-        )
+        points = resolve(model, patterns, top_k_logits=options.top_k_logits, recompute_patterns=recompute)
+        self._points, self._group = whole_points(model, points, group), group
         self._remarks = remarks(model, patterns, recompute_patterns=recompute)
         self._channels = channels_of(channels, self._points)
         stop = options.stop_at_layer
         self._stop = None if stop is None else Stop(model, self._points, stop)
+        if group is not None:
+            group.check_alike([point.site for point in points])
         if options.mode == "append":
-            check_appended(
-                path, options.rank, self._points, options.codec, options.stats, facts_of(self._channels)
-            )
+            first_does(group, self._check_appended)
         self._row_modules = row_modules(model)
         self._show_progress, self._quiet = progress, quiet
         self._state = "ready"
@@ -276,18 +289,7 @@ class Capture:
         if self._engine is not None:
             raise CaptureError(f"{self.path}: a capture is entered once; make another with mode='append'")
         check_not_compiled(self._model)
-        self._engine = Engine(
-            self._model,
-            self._place,
-            self._points,
-            self._row_modules,
-            self._options,
-            channels=self._channels,
-            stop=self._stop,
-            tokenizer=self._tokenizer,
-            tags=self._tags,
-            progress=self._show_progress,
-        )
+        first_does(self._group, self._begin)
         self._state = "running"
         return self
 
@@ -381,7 +383,7 @@ class Capture:
         """
         if self._engine is None:
             raise CaptureError(f"{self.path}: done() reads what the capture has open; enter it first")
-        return self._engine.steering.done(key)
+        return first_does(self._group, partial(self._engine.steering.done, key))
 
     def mark(self, name: str, /, **attributes: Any) -> None:
         """Note that the run has reached a point: `cap.mark("phase", name="warm-up")`.
@@ -457,6 +459,25 @@ class Capture:
             )
         return self._engine
 
+    def _check_appended(self) -> None:
+        options, channels = self._options, facts_of(self._channels)
+        check_appended(self.path, options.rank, self._points, options.codec, options.stats, channels)
+
+    def _begin(self) -> None:
+        self._engine = Engine(
+            self._model,
+            self._place,
+            self._points,
+            self._row_modules,
+            self._options,
+            channels=self._channels,
+            stop=self._stop,
+            tokenizer=self._tokenizer,
+            tags=self._tags,
+            progress=self._show_progress,
+            group=self._group,
+        )
+
     def _never_fired(self) -> SiteNeverFiredError | None:
         assert self._engine is not None
         silent = [tap.point.site for tap in self._engine.hooks.taps if not tap.n_calls]
@@ -473,6 +494,14 @@ class Capture:
         else:
             why = f"the modules were not called in {n_steps} forward passes"
         return SiteNeverFiredError(silent, f"{why}; the dataset is closed: {self.report.summary()}")
+
+
+def _kind(group: Group | None) -> type[Capture]:
+    if group is None or group.is_first:
+        return Capture
+    from strapfmt_capture.following import Follower  # which is a Capture
+
+    return Follower
 
 
 def _account(tap: Tap, progress: Progress) -> SiteAccount:
