@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from strapfmt.errors import CaptureError
+from strapfmt_capture.computed import Computation, TopK
 from strapfmt_capture.groups import Group, find_group, is_distributed, shard_dimension
 from strapfmt_capture.hookpoints import HookPoint, find_decoder
 
@@ -74,6 +76,8 @@ class Whole:
         CaptureError
             In all processes, if their values differ and it is not known how they are parts of one.
         """
+        if self._group is None and torch.compiler.is_compiling():
+            return x
         if self._check is not None:
             check, self._check = self._check, None
             check()
@@ -162,14 +166,24 @@ def whole_points(model: torch.nn.Module, points: Sequence[HookPoint], group: Gro
                 "process would write the same rows; split it first (parallelize_module, from_pretrained), then capture"
             )
 
-    def whole(point: HookPoint) -> Whole:
+    def whole(point: HookPoint) -> HookPoint:
         module = model.get_submodule(point.module_path)
-        return Whole(point, module, group, n_heads if point.heads_first else None, check)
+        whole = Whole(point, module, group, n_heads if point.heads_first else None, check)
+        if point.compute is None or isinstance(point.compute, TopK) or group is None:
+            return replace(point, whole=whole)
+        # What is computed inside a split module, its state for example, may be a part as well.
+        result = Whole(point, torch.nn.Identity(), group, None, check)
+        return replace(point, whole=whole, compute=partial(_computed, point.compute, result))
 
-    return [replace(point, whole=whole(point)) for point in points]
+    return [whole(point) for point in points]
 
 
 def placements_of(points: Iterable[HookPoint]) -> Mapping[str, str]:
     """Return, by site, how the values were spread over processes, of those that were."""
     spread = {point.site: point.whole.placement for point in points if isinstance(point.whole, Whole)}
     return {site: placement for site, placement in spread.items() if placement is not None}
+
+
+def _computed(compute: Computation, whole: Whole, *call: Any) -> Any:
+    value = compute(*call)
+    return whole(value) if isinstance(value, torch.Tensor) else value
