@@ -3,8 +3,10 @@
 Values are compared with those of one process and a whole model, taken by plain hooks.
 """
 
+import copy
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -272,6 +274,8 @@ def write_badly(directory: Path) -> None:
         model, directory / "b.strap", sites="blocks.0.resid_post", rank=5 - rank, quiet=True
     ):
         model(PROMPTS[rank : rank + 1])
+        copy.deepcopy(model)(PROMPTS)
+        pickle.loads(pickle.dumps(model))(PROMPTS)  # noqa: S301
     dist.barrier()
     if rank == 1:
         with pytest.raises(DatasetExistsError, match="rank 5"):
@@ -559,7 +563,10 @@ def refuse(directory: Path) -> list[str]:
     captured(model, "blocks.0.resid_post", "there")
     dist.barrier()
     plain = Sum()
-    captured(plain, "total", "plain", tp_group=mesh)
+    with strapfmt.capture(plain, directory / "plain.strap", sites="total", tp_group=mesh, quiet=True):
+        plain(torch.ones(2, 3))
+        for other in (copy.deepcopy(plain), pickle.loads(pickle.dumps(plain))):  # noqa: S301
+            assert other(torch.ones(2, 3)).tolist() == [[3.0] * 3] * 2
     in_the_way = directory / "file"
     if rank == 0:
         in_the_way.write_text("")

@@ -54,6 +54,15 @@ class Follower(Capture):
         self._attached.close()
         self._state = "closed"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Follower:
+        # A copy of a hooked model takes its hooks along; it is another model, whose values nobody waits for.
+        copy = Follower.__new__(Follower)
+        copy._is_paused = True
+        return copy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _idle, ()
+
     def tagged(self, tags: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> AbstractContextManager[None]:
         """Do nothing: the process that writes is told as well."""
         self._check_running("tagged()")
@@ -126,3 +135,8 @@ class Follower(Capture):
     ) -> None:
         if not self._is_paused and not is_computing() and not is_repetition():
             point.read(args, kwargs, output, module)
+
+
+def _idle() -> Follower:
+    """Return what is left of a follower in a model that was stored while it was captured: it does nothing."""
+    return Follower.__new__(Follower).__deepcopy__({})

@@ -92,6 +92,13 @@ class Whole:
         self._is_replicated = self._compared(self._group, x.detach())
         return x
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Whole:
+        # A copy of a hooked model takes its hooks along, with their arguments, but they do nothing.
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (_as_it_is,)
+
     def _put_together(self, x: Any) -> torch.Tensor:
         placements = [str(placement) for placement in x.placements if not placement.is_replicate()]
         if placements:
@@ -182,6 +189,10 @@ def placements_of(points: Iterable[HookPoint]) -> Mapping[str, str]:
     """Return, by site, how the values were spread over processes, of those that were."""
     spread = {point.site: point.whole.placement for point in points if isinstance(point.whole, Whole)}
     return {site: placement for site, placement in spread.items() if placement is not None}
+
+
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def _computed(compute: Computation, whole: Whole, *call: Any) -> Any:
