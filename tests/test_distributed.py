@@ -521,6 +521,46 @@ def test_processes_pause_stop_and_skip_alike(tmp_path: Path) -> None:
         assert dataset.tokens.to_arrow()["token_id"].to_pylist() == PROMPTS[[0, 2, 3, 1]].flatten().tolist()
 
 
+HEADS = ["q", "k", "v", "rot_q", "rot_k", "z", "mlp_inner", "attn_pattern"]
+
+
+def capture_heads(directory: Path, *, split: bool = True) -> None:
+    """Capture what is inside attention, of models with a norm of queries and keys and without."""
+    from transformers.distributed import DistributedConfig
+
+    for family in ("llama", "qwen3"):
+        for recompute in (False, True):
+            model = tiny_model(family, attn_implementation="sdpa" if recompute else "eager")
+            if split:
+                config, _, mesh = model.prepare_distribute_model(DistributedConfig(tp_size=2))
+                model = model.maybe_distribute_model(model, config, mesh)
+            kind = f"{family}{'-sdpa' if recompute else ''}{'' if split else '-whole'}"
+            with strapfmt.capture(
+                model,
+                directory / f"{kind}.strap",
+                sites=[f"blocks.1.{site}" for site in HEADS],
+                attn_pattern="recompute" if recompute else "model",
+                quiet=True,
+            ):
+                model(PROMPTS)
+
+
+def test_heads_of_all_processes_are_put_together(tmp_path: Path) -> None:
+    """The whole model's values are checked in test_heads.py and test_attention.py."""
+    run(capture_heads, tmp_path)
+    capture_heads(tmp_path, split=False)
+    for kind in ("llama", "llama-sdpa", "qwen3", "qwen3-sdpa"):
+        with (
+            strapfmt.open(tmp_path / f"{kind}.strap") as found,
+            strapfmt.open(tmp_path / f"{kind}-whole.strap") as expected,
+        ):
+            assert set(found) == set(expected)
+            for site in found:
+                values, others = (data[site].to_arrow()["activation"] for data in (found, expected))
+                pairs = zip(values.to_pylist(), others.to_pylist(), strict=True)
+                assert all(one == pytest.approx(other, rel=1e-4, abs=1e-5) for one, other in pairs)
+
+
 class Sum(nn.Module):
     """Half of a sum in each process, and the sum."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +16,7 @@ from typing import Any, Self
 import torch
 
 from strapfmt.errors import CaptureError
+from strapfmt_capture.attention import watched
 from strapfmt_capture.computed import is_computing
 from strapfmt_capture.eager import is_repetition
 from strapfmt_capture.groups import first_does
@@ -110,6 +112,11 @@ class Follower(Capture):
 
     def _attach(self, handles: ExitStack, point: HookPoint) -> None:
         module = self._model.get_submodule(point.module_path)
+        # What is done with a value when it is whole takes one process.
+        point = replace(point, split=None, rotary=None)
+        if point.where == "attention":
+            handles.enter_context(watched(module, partial(self._after, point, module, (), {})))
+            return
         if point.where == "in":
             handle = module.register_forward_pre_hook(partial(self._before, point), with_kwargs=True)
         else:

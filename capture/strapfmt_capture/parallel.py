@@ -5,7 +5,7 @@ and MLP), or a summand of it (before a reduction). Which it is, is known
 
 - of a DTensor, which says so itself;
 - of what goes into or comes out of a linear layer or an embedding whose weight is split, by its width;
-- of attention patterns, by the number of heads;
+- of heads (attention patterns, normed queries and keys), by their number;
 - of anything else by comparing the processes' values, the first time that they are not all one number.
 
 Parts are put together with a collective operation, in which every process of the group takes part; so the hooks of
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from strapfmt.errors import CaptureError
 from strapfmt_capture.computed import Computation, TopK
 from strapfmt_capture.groups import Group, find_group, is_distributed, shard_dimension
-from strapfmt_capture.hookpoints import HookPoint, find_decoder
+from strapfmt_capture.hookpoints import HookPoint
 
 __all__ = ["Whole", "placements_of", "whole_points"]
 
@@ -44,8 +44,8 @@ class Whole:
         That at the hook point.
     group : Group or None
         None: no group is known, and only a DTensor is put together, over its own mesh.
-    n_heads : int or None
-        Of the whole model, for an attention pattern.
+    heads : (int, int) or None
+        Of a value with four dimensions: which one counts heads, and how many the whole model has.
     check : callable
         Called before the first value is taken.
 
@@ -60,11 +60,11 @@ class Whole:
         point: HookPoint,
         module: torch.nn.Module,
         group: Group | None,
-        n_heads: int | None,
+        heads: tuple[int, int] | None,
         check: Callable[[], None],
     ) -> None:
         self.placement: str | None = None
-        self._point, self._module, self._group, self._n_heads = point, module, group, n_heads
+        self._point, self._module, self._group, self._heads = point, module, group, heads
         self._check: Callable[[], None] | None = check
         self._is_replicated = False
 
@@ -108,8 +108,8 @@ class Whole:
 
     def _split(self, x: torch.Tensor) -> tuple[int, int] | None:
         """Return the dimension in which `x` is a part, and the size of the whole in it; None if that is not known."""
-        if self._n_heads is not None and x.ndim == 4 and x.shape[1] != self._n_heads:
-            return 1, self._n_heads
+        if self._heads is not None and x.ndim == 4 and x.shape[self._heads[0]] != self._heads[1]:
+            return self._heads
         weight = getattr(self._module, "weight", None)
         if not isinstance(self._module, _LAYERS) or not isinstance(weight, torch.Tensor) or not x.ndim:
             return None
@@ -163,8 +163,6 @@ def whole_points(model: torch.nn.Module, points: Sequence[HookPoint], group: Gro
     """Return hook points whose values are whole; `points` as they are where PyTorch knows of one process only."""
     if not is_distributed():
         return list(points)
-    decoder = find_decoder(model)
-    n_heads = getattr(decoder.config, "num_attention_heads", None) if decoder is not None else None
 
     def check() -> None:
         if group is None and find_group(model) is not None:
@@ -175,7 +173,7 @@ def whole_points(model: torch.nn.Module, points: Sequence[HookPoint], group: Gro
 
     def whole(point: HookPoint) -> HookPoint:
         module = model.get_submodule(point.module_path)
-        whole = Whole(point, module, group, n_heads if point.heads_first else None, check)
+        whole = Whole(point, module, group, _heads_of(point, module), check)
         if point.compute is None or isinstance(point.compute, TopK) or group is None:
             return replace(point, whole=whole)
         # What is computed inside a split module, its state for example, may be a part as well.
@@ -189,6 +187,14 @@ def placements_of(points: Iterable[HookPoint]) -> Mapping[str, str]:
     """Return, by site, how the values were spread over processes, of those that were."""
     spread = {point.site: point.whole.placement for point in points if isinstance(point.whole, Whole)}
     return {site: placement for site, placement in spread.items() if placement is not None}
+
+
+def _heads_of(point: HookPoint, module: torch.nn.Module) -> tuple[int, int] | None:
+    """Return which dimension of what the module gives counts heads, and how many there are."""
+    if point.split is not None:
+        return (1 if point.split.is_turned else 2), point.split.shape[0]
+    n_heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
+    return (1, n_heads) if point.heads_first and isinstance(n_heads, int) else None
 
 
 def _as_it_is(x: torch.Tensor) -> torch.Tensor:
