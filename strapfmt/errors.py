@@ -22,7 +22,7 @@
     ├── MissingExtraError (ImportError)       an optional package is not installed
     └── CaptureError (RuntimeError)
         ├── SiteNeverFiredError               a requested site produced nothing
-        ├── CompiledModelError                hooks are silent under torch.compile
+        ├── CompiledModelError                compiled code that cannot be followed
         ├── StoppedPassError (AttributeError) logits of a pass that `stop_at_layer` has ended were asked for
         ├── RingFullError                     `on_full="raise"` and the ring is full
         ├── DiskSpaceError (OSError)          stopped before the disk was full; all is committed
@@ -203,7 +203,7 @@ class SiteNeverFiredError(CaptureError):
 
 
 class CompiledModelError(CaptureError):
-    """The model is compiled, where hooks would be silent."""
+    """Compiled code, or a CUDA graph, runs the model in a way that cannot be stored right."""
 
 
 class StoppedPassError(CaptureError, AttributeError):

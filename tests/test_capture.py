@@ -23,7 +23,6 @@ import strapfmt
 from strapfmt.errors import (
     ArgumentError,
     CaptureError,
-    CompiledModelError,
     DatasetExistsError,
     DatasetNotFoundError,
     SiteNeverFiredError,
@@ -125,53 +124,6 @@ def test_nothing_happens_before_the_with_block(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     assert cap.report.state == "ready"
     assert "logits" in str(cap.report)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    "compiled", [lambda model: torch.compile(model), lambda model: model.compile() or model]
-)
-def test_a_compiled_model_is_refused(compiled: Callable[[Any], Any], tmp_path: Path) -> None:
-    model = compiled(tiny_model("gpt2"))
-    with pytest.raises(CompiledModelError, match="before compiling"):
-        strapfmt.capture(model, tmp_path / "x.strap", sites="**")
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_model_compiled_after_the_check_is_refused_on_entry(tmp_path: Path) -> None:
-    model = tiny_model("gpt2")
-    cap = strapfmt.capture(model, tmp_path / "x.strap", sites="logits")
-    model.compile()
-    with pytest.raises(CompiledModelError), cap:
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("path", ["transformer.h.1", ""])
-def test_a_model_whose_forward_is_compiled_is_refused(path: str, tmp_path: Path) -> None:
-    model = tiny_model("gpt2")
-    part = model.get_submodule(path)
-    part.forward = torch.compile(part.forward, backend="eager")
-    place = f"its module '{path}' is compiled" if path else "it is compiled"
-    with pytest.raises(CompiledModelError, match=place):
-        strapfmt.capture(model, tmp_path / "x.strap", sites="blocks.*.mlp_out")
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("part", ["", "second"])
-def test_a_model_compiled_inside_is_refused(part: str, tmp_path: Path) -> None:
-    model = Layers()
-
-    def body() -> None:
-        model.get_submodule(part).compile(backend="eager")
-        model(torch.zeros(2, 4))
-
-    with (
-        pytest.raises(CompiledModelError, match=r"under torch\.compile"),
-        strapfmt.capture(model, tmp_path / "x.strap", sites=["first", "second"], quiet=True),
-    ):
-        body()
-    torch._dynamo.reset()
 
 
 def test_an_existing_dataset_is_kept_replaced_or_continued(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from models import (
 )
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-from strapfmt.errors import ArgumentError, CaptureError, CompiledModelError, SiteNotFoundError
+from strapfmt.errors import ArgumentError, CaptureError, SiteNotFoundError
 from strapfmt_capture.architectures import ARCHITECTURES, Architecture
 from strapfmt_capture.hookpoints import HookPoint, hook_points
-from strapfmt_capture.sites import check_not_compiled, list_sites, remarks, resolve, row_modules
+from strapfmt_capture.sites import list_sites, remarks, resolve, row_modules
 
 # Architectures that have both forms of a block, in the form their family does not have by default.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -471,28 +471,6 @@ def test_an_encoder_and_a_decoder_can_begin_a_step_whatever_they_are_given() -> 
         assert row_modules(model.get_encoder()) == [model.get_encoder()]
 
 
-class _Compiled(torch.nn.Module):
-    def __init__(self, *children: torch.nn.Module) -> None:
-        super().__init__()
-        self.inside = torch.nn.ModuleList(children) if children else None
-
-    @torch.compile(backend="eager")
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + 1
-
-
-class _NeverCompiled(_Compiled):
-    @torch.compiler.disable
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + 1
-
-
-def test_a_class_that_compiles_its_forward_is_refused_where_modules_are_inside_it() -> None:
-    check_not_compiled(torch.nn.Sequential(_Compiled(), _NeverCompiled(torch.nn.ReLU())))
-    with pytest.raises(CompiledModelError, match=r"'1' is compiled"):
-        check_not_compiled(torch.nn.Sequential(_Compiled(), _Compiled(torch.nn.ReLU())))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_of_one_decoder_gives_no_cause_for_remarks(family: str) -> None:
     assert remarks(tiny_model(family, attn_implementation="eager"), "**") == []
@@ -507,11 +485,16 @@ def test_the_second_decoder_of_a_model_is_told() -> None:
     assert remarks(both, "target.model.layers.*") == []
 
 
-def test_compiled_models_are_refused() -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_compile_makes_of_a_model_or_a_layer_has_the_same_sites() -> None:
     model = tiny_model("llama")
-    check_not_compiled(model)
-    with pytest.raises(CompiledModelError, match=r"it is compiled by torch\.compile"):
-        check_not_compiled(torch.compile(model, backend="eager"))  # type: ignore[arg-type]
-    model.model.layers[1].mlp.compile(backend="eager")
-    with pytest.raises(CompiledModelError, match=r"'model\.layers\.1\.mlp' is compiled"):
-        check_not_compiled(model)
+    before = [(info.site, info.hook_point, info.shape) for info in list_sites(model)]
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    compiled: Any = torch.compile(model, backend="eager")
+    assert [(info.site, info.hook_point, info.shape) for info in list_sites(compiled)] == before
+    points = resolve(model, ["model.layers.*.mlp:in", "blocks.1.attn_out"])
+    assert [point.module_path for point in points] == [
+        "model.layers.1.self_attn",
+        "model.layers.0.mlp",
+        "model.layers.1.mlp",
+    ]

@@ -17,12 +17,12 @@ import torch
 
 from strapfmt.errors import CaptureError
 from strapfmt_capture.attention import watched
+from strapfmt_capture.compiled import check_not_compiled
 from strapfmt_capture.computed import is_computing
 from strapfmt_capture.eager import is_repetition
 from strapfmt_capture.groups import first_does
 from strapfmt_capture.hookpoints import HookPoint
 from strapfmt_capture.session import Capture
-from strapfmt_capture.sites import check_not_compiled
 
 __all__ = ["Follower"]
 

@@ -8,11 +8,14 @@ reach it.
 - A firing outside any step (a part of the model is called directly) is a CaptureError, but for the second forward pass
   that gradient checkpointing makes inside backward: the values of the first are kept, the repetition is ignored.
 - Hooks that a copy of the model has taken along do nothing.
+- A hook that torch.compile traces puts a copy of the value on its `Tap`: the graph returns it there, as one more
+  output, and it is taken when the compiled code is over. A pass begins before and ends after that code.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -25,13 +28,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from strapfmt.errors import CaptureError
+from strapfmt.errors import CaptureError, CompiledModelError
 from strapfmt.schema import SiteSpec
 from strapfmt_capture.attention import watched
 from strapfmt_capture.channels import Channels
-from strapfmt_capture.computed import is_computing
+from strapfmt_capture.compiled import (
+    attached_around,
+    forget_compiled_code,
+    guard_hooks,
+    inlined,
+    is_below_compiler,
+    original,
+    untraced,
+)
+from strapfmt_capture.computed import expert_out, is_computing
 from strapfmt_capture.drain_home import DrainHome
-from strapfmt_capture.eager import check_runs_eagerly, is_repetition
+from strapfmt_capture.eager import is_repetition
 from strapfmt_capture.encoders import stacks_of
 from strapfmt_capture.heads import POSITIONS
 from strapfmt_capture.hookpoints import HookPoint
@@ -90,6 +102,13 @@ class Tap:
     n_missed: int = 0
     last_step: int = -1
     attention: tuple[torch.nn.Module, Mapping[str, Any]] | None = None
+    staged: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def cuts_graph(self) -> bool:
+        """Whether what is computed for it is no code for a compiler."""
+        point = self.point
+        return point.compute is expert_out or point.rotary is not None or point.where == "attention"
 
 
 class Hooks:
@@ -154,6 +173,14 @@ class Hooks:
         self._rings = rings
         self._codec, self._statistics, self._known = codec, statistics, known
         self._is_over = False
+        # What is kept of a pass that runs to be repeated, without this code, by a CUDA graph.
+        self._recorded: list[tuple[Tap, torch.Tensor]] = []
+        self._is_recording = False
+        # What compiled code gave to language models in it, and whether any has run.
+        self._inner_tokens: tuple[torch.Tensor, ...] = ()
+        self._was_compiled = False
+        self._two_streams: set[torch.nn.Module] = set()
+        self._handles, self._is_guarded = ExitStack(), False
         # A model that runs parts of itself in several threads fires sites in all of them.
         self._producing = threading.Lock()
 
@@ -183,6 +210,11 @@ class Hooks:
         always = {model, *stacks.encoders, *stacks.decoders}
         modules = [each for each in row_modules if each in always or not tapped.isdisjoint(each.modules())]
         encoders = stacks.inside_encoders()
+        self._two_streams = {
+            each
+            for each in model.modules()
+            if each not in encoders and not encoders.isdisjoint(each.modules())
+        }
         for tap in self.taps:
             tap.in_encoder = model.get_submodule(tap.point.module_path) in encoders
         with ExitStack() as handles:
@@ -196,7 +228,7 @@ class Hooks:
                     note = around.register_forward_pre_hook(partial(self.on_attention, tap), with_kwargs=True)
                     handles.callback(note.remove)
                 if tap.point.where == "attention":
-                    handles.enter_context(watched(module, partial(self._fire, tap, module, (), _NO_KWARGS)))
+                    handles.enter_context(watched(module, partial(self._reach, tap, module, (), _NO_KWARGS)))
                     continue
                 if tap.point.where == "in":
                     handle = module.register_forward_pre_hook(partial(self.on_input, tap), with_kwargs=True)
@@ -208,41 +240,174 @@ class Hooks:
             for module in modules:
                 handle = module.register_forward_hook(self.leave, always_call=True)
                 handles.callback(handle.remove)
+            handles.callback(self._forget)
+            self._handles, self._is_guarded = handles, guard_hooks(handles)
+            handles.enter_context(attached_around(model, modules, self))
+            forget_compiled_code()
             yield
 
     def finish(self, error: BaseException | None) -> None:
         """End what is still open; from now on nothing is recorded."""
+        if self.steps.has_begun:
+            self._take_staged()
         self._is_over = True
         self.steps.finish(error)
 
     # What PyTorch calls.
 
+    @inlined
     def enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run before a row module."""
-        if not self._is_over:
-            self.steps.enter(module, args, kwargs)
+        if self._is_over or (torch.compiler.is_compiling() and self.steps.is_paused):
+            return
+        if torch.compiler.is_compiling() and self._may_stage:
+            self._note_tokens(args, kwargs)
+        else:
+            self._enter(module, args, kwargs, is_below_compiler())
 
+    @inlined
     def leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         """Run after a row module, also when it has failed."""
-        if not self._is_over:
-            self.steps.leave(output)
+        if self._is_over or (torch.compiler.is_compiling() and self.steps.is_paused):
+            return
+        if torch.compiler.is_compiling() and self._may_stage and not self.steps.ends_in_graph:
+            return
+        self._leave(output)
 
+    @inlined
+    def before_graph(self, module: torch.nn.Module, args: Any) -> None:
+        """Run before a module whose own code is compiled: a step begins, as rows cannot be decided inside."""
+        if not self._is_over and not torch.compiler.is_compiling():
+            self._begin(module)
+
+    @inlined
+    def after_graph(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        """Run after a module whose own code is compiled."""
+        if not self._is_over and not torch.compiler.is_compiling():
+            self._take_staged()
+
+    @inlined
     def on_input(
         self, tap: Tap, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Run before a module whose input is a site."""
-        self._fire(tap, module, args, kwargs, None)
+        self._reach(tap, module, args, kwargs, None)
 
+    @inlined
     def on_output(self, tap: Tap, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Run after a module whose output is a site."""
-        self._fire(tap, module, args, _NO_KWARGS, output)
+        self._reach(tap, module, args, _NO_KWARGS, output)
 
+    @inlined
     def on_call(
         self, tap: Tap, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Run after a module of whose call a site is computed."""
-        self._fire(tap, module, args, kwargs, output)
+        self._reach(tap, module, args, kwargs, output)
 
+    # CUDA graphs.
+
+    @contextmanager
+    def recording(self) -> Iterator[list[tuple[Tap, torch.Tensor]]]:
+        """Keep what sites give, which stays in its place, instead of storing it."""
+        if self._is_recording:
+            raise CaptureError("a recording is under way already; end it before the next one begins")
+        self._is_recording, self._recorded = True, []
+        try:
+            yield self._recorded
+        finally:
+            self._is_recording, self._recorded = False, []
+
+    @contextmanager
+    def replaying(
+        self, model: torch.nn.Module, recorded: Iterable[tuple[Tap, torch.Tensor]], inputs: dict[str, Any]
+    ) -> Iterator[None]:
+        """Store what lies in the place of recorded values when the block ends, as one pass over `inputs`."""
+        if self._is_over or self._is_recording:
+            raise CaptureError("replay inside the with block of the capture, and outside of a recording")
+        frame = sys._getframe()
+        self.steps.enter(model, (), inputs, frame)
+        try:
+            self.steps.current()
+            yield
+            for tap, x in recorded:
+                self._receive(tap, x)
+        finally:
+            self.steps.leave(None, frame)
+
+    # Around compiled code.
+
+    @property
+    def _may_stage(self) -> bool:
+        """Whether compiled code may return values: where they go is known."""
+        return self.steps.has_begun or self._is_recording
+
+    @untraced
+    def _enter(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], cuts_graph: bool
+    ) -> None:
+        self._take_staged()
+        self._is_guarded = self._is_guarded or guard_hooks(self._handles)
+        if self._is_recording:
+            return
+        if _is_graph_made():
+            raise CompiledModelError(
+                "the captured model runs while a CUDA graph is captured, whose replays run no hooks; make the graph "
+                "inside `with cap.recording() as recorded`, and replay it inside `with recorded.replay(**inputs)`"
+            )
+        # The frame two levels up is the call's.
+        self.steps.enter(original(module), args, kwargs, sys._getframe(2), cuts_graph=cuts_graph)
+        self._was_compiled |= cuts_graph
+
+    @untraced
+    def _leave(self, output: Any) -> None:
+        try:
+            self._take_staged()
+        finally:
+            self.steps.leave(output, sys._getframe(2))
+
+    @untraced
+    def _begin(self, module: torch.nn.Module) -> None:
+        self._was_compiled = True
+        if original(module) in self._two_streams:
+            raise CompiledModelError(
+                f"{type(original(module)).__name__} holds an encoder and a decoder, whose tokens differ, and is "
+                "compiled as a whole; compile its encoder and its decoder, each by itself"
+            )
+        self.steps.current()
+
+    @untraced
+    def _take_staged(self) -> None:
+        """Take what compiled code has returned; with it the step has begun that it belongs to."""
+        tokens, self._inner_tokens = (() if self._is_recording else self._inner_tokens), ()
+        staged = [(tap, tap.staged) for tap in self.taps if tap.staged]
+        for tap, _ in staged:
+            tap.staged = ()
+        for given in tokens:
+            self.steps.check_inside(given)
+        for tap, values in staged:
+            for x in values:
+                self._receive(tap, x)
+
+    @inlined
+    def _note_tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if tokens is None and args:
+            tokens = args[0]
+        if tokens is None and embeddings is not None:
+            tokens = embeddings.detach()[..., 0].clone()
+        if (
+            isinstance(tokens, torch.Tensor)
+            and tokens.ndim
+            and (embeddings is not None or not tokens.is_floating_point())
+        ):
+            self._inner_tokens = (*self._inner_tokens, tokens)
+
+    def _forget(self) -> None:
+        if self._was_compiled:
+            forget_compiled_code()
+
+    @inlined
     def on_attention(
         self, tap: Tap, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -252,23 +417,42 @@ class Hooks:
 
     # Sites.
 
+    @inlined
+    def _reach(
+        self, tap: Tap, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if self._is_over or self.steps.is_paused:
+            return
+        if torch.compiler.is_compiling() and self._may_stage and not tap.cuts_graph:
+            # A copy, which the model cannot change any more; the compiler makes none where it could not.
+            tap.staged = (*tap.staged, tap.point.read(args, kwargs, output, module).detach().clone())
+        else:
+            self._fire(tap, module, args, kwargs, output)
+
+    @untraced
     def _fire(
         self, tap: Tap, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        check_runs_eagerly()
-        if self._is_over or self.steps.is_paused or is_computing():
+        if is_computing() or (not self.steps.has_begun and is_repetition()):
+            return
+        if tap.staged:
+            self._take_staged()
+        attention, tap.attention = tap.attention, None
+        x = tap.point.read(args, kwargs, output, module, attention)
+        self._receive(tap, x.detach().clone() if self._is_recording else x)
+
+    def _receive(self, tap: Tap, x: torch.Tensor) -> None:
+        if self._is_recording:
+            self._recorded.append((tap, x))
             return
         with self._producing:
             open_step = self.steps.current()
             if open_step is None:
-                if is_repetition():
-                    return
                 raise CaptureError(
                     f"site {tap.point.site!r} at {tap.point.hook_point} fired outside a forward pass of the captured "
                     "model; call that model itself (not its forward method, and not a part of it), or capture the part"
                 )
-            attention, tap.attention = tap.attention, None
-            self._take(tap, tap.point.read(args, kwargs, output, module, attention), open_step)
+            self._take(tap, x, open_step)
 
     def _take(self, tap: Tap, x: torch.Tensor, open_step: OpenStep) -> None:
         """Store `x`, what the site gave in a step, however it came here."""
@@ -421,6 +605,12 @@ def _last(open_step: OpenStep) -> npt.NDArray[np.int64] | None:
     return np.array([step.n_query - 1]) if step.is_language and step.n_query > 1 else None
 
 
+def _is_graph_made() -> bool:
+    """Whether what runs now is not computed but put into a CUDA graph."""
+    is_used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return is_used and torch.cuda.is_current_stream_capturing()
+
+
 def _gather(flat: torch.Tensor, index: torch.Tensor | None, part: slice, out: torch.Tensor) -> None:
     """Copy rows `part`, or those that the index names for it, into ring memory."""
     if index is None:
@@ -457,4 +647,4 @@ class _NoHooks:
     def enter(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing."""
 
-    leave = on_input = on_output = on_call = on_attention = _fire = enter
+    leave = on_input = on_output = on_call = on_attention = _reach = enter

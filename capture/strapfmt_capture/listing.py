@@ -101,9 +101,8 @@ def describe(model: torch.nn.Module, points: Iterable[HookPoint]) -> list[SiteIn
         One per hook point, in their order.
     """
     decoders = named_decoders(model)
-    modules = dict(model.named_modules())
     uniform = {point.hook_point: point for point in hook_points(model).values() if _is_first_output(point)}
-    return [_info(point, modules[point.module_path], decoders, uniform) for point in points]
+    return [_info(point, model.get_submodule(point.module_path), decoders, uniform) for point in points]
 
 
 def _is_first_output(point: HookPoint) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,7 @@ from strapfmt_capture.arguments import (
     tags_text,
 )
 from strapfmt_capture.channels import channels_of, facts_of
+from strapfmt_capture.compiled import check_not_compiled, original
 from strapfmt_capture.device_ring import GPU_RING_BYTES
 from strapfmt_capture.drain import Progress
 from strapfmt_capture.engine import DrainKind, Engine, Mode, Options
@@ -35,9 +36,10 @@ from strapfmt_capture.groups import Group, find_group, first_does, own_rank
 from strapfmt_capture.hooks import OnFull, Tap
 from strapfmt_capture.live import CaptureStats
 from strapfmt_capture.parallel import whole_points
+from strapfmt_capture.recording import Recording
 from strapfmt_capture.ring import RING_BYTES
 from strapfmt_capture.selection import Positions, Selection, TokenColumns
-from strapfmt_capture.sites import as_patterns, check_not_compiled, describe, remarks, resolve, row_modules
+from strapfmt_capture.sites import as_patterns, describe, remarks, resolve, row_modules
 from strapfmt_capture.statistics import check_statistics
 from strapfmt_capture.stopping import Stop
 
@@ -183,7 +185,7 @@ def capture(
     DatasetExistsError, DatasetNotFoundError
         As `mode` and `overwrite` demand.
     CompiledModelError
-        If the model, or a part of it, is compiled.
+        If the model is compiled and split by tensor parallelism.
     CaptureError
         In the other processes of a tensor-parallel group, if the one that writes could not begin.
     ArgumentError
@@ -218,10 +220,12 @@ def capture(
     check_model(model)
     check_tokenizer(tokenizer)
     tags_text(tags)
+    model = original(model)
     group = find_group(model, tp_group)
+    if group is not None:
+        check_not_compiled(model)
     path = target_path(path)
     first_does(group, partial(check_writable, path, rank=options.rank, mode=options.mode))
-    check_not_compiled(model)
     return _kind(group)(
         model,
         path,
@@ -288,7 +292,8 @@ class Capture:
     def __enter__(self) -> Self:
         if self._engine is not None:
             raise CaptureError(f"{self.path}: a capture is entered once; make another with mode='append'")
-        check_not_compiled(self._model)
+        if self._group is not None:
+            check_not_compiled(self._model)
         first_does(self._group, self._begin)
         self._state = "running"
         return self
@@ -437,6 +442,28 @@ class Capture:
     def stats(self) -> CaptureStats:
         """Figures of this moment, at any time and from any thread: `print(cap.stats)`."""
         return self._engine.stats(self._state) if self._engine else CaptureStats(state=self._state)
+
+    @contextmanager
+    def recording(self) -> Iterator[Recording]:
+        """Record a pass that a CUDA graph will repeat, and store nothing of it.
+
+        ::
+
+            with cap.recording() as recorded, torch.cuda.graph(graph):
+                model(**static_inputs)
+            with recorded.replay(**static_inputs):
+                graph.replay()
+
+        Replays run no Python, so that one outside of `recorded.replay` stores nothing and cannot be noticed.
+
+        Raises
+        ------
+        CaptureError
+            If the capture is not running, or a recording is under way.
+        """
+        hooks = self._running("recording()").hooks
+        with hooks.recording() as values:
+            yield Recording(self._model, hooks, values)
 
     def estimate(self, n_tokens: int) -> Estimate:
         """Estimate the bytes that storing the values of `n_tokens` tokens takes, before any codec."""

@@ -14,9 +14,10 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from strapfmt.errors import ArgumentError, CaptureError, CompiledModelError, SiteNotFoundError
+from strapfmt.errors import ArgumentError, CaptureError, SiteNotFoundError
 from strapfmt_capture.arguments import check_model
 from strapfmt_capture.attention import check_watchable
+from strapfmt_capture.compiled import named_originals, original
 from strapfmt_capture.decoders import find_decoder, find_decoders, named_decoders
 from strapfmt_capture.encoders import stacks_of
 from strapfmt_capture.hookpoints import (
@@ -32,7 +33,6 @@ __all__ = [
     "SiteInfo",
     "SiteListing",
     "as_patterns",
-    "check_not_compiled",
     "describe",
     "hook_points",
     "list_sites",
@@ -81,7 +81,7 @@ def resolve(
     """
     wanted = as_patterns(patterns)
     uniform = hook_points(model, top_k_logits=top_k_logits, recompute_patterns=recompute_patterns)
-    paths = [path for path, _ in model.named_modules() if path]
+    paths = [path for path in named_originals(model) if path]
     found: dict[str, HookPoint] = {}
     for pattern in wanted:
         for point in _match(model, pattern, uniform, paths):
@@ -155,13 +155,14 @@ def list_sites(model: torch.nn.Module) -> SiteListing:
         If `model` is no module.
     """
     check_model(model)
+    model = original(model)
     decoder = find_decoder(model)
     uniform = list(hook_points(model).values())
     if decoder is not None and not decoder.is_eager:
         uniform = [point for point in uniform if not point.is_pattern]
     modules = [
         HookPoint(site=path, module_path=path, where="out")
-        for path, module in model.named_modules()
+        for path, module in named_originals(model).items()
         if path and not isinstance(module, (torch.nn.ModuleList, torch.nn.ModuleDict))
     ]
     return SiteListing(type(model).__name__, describe(model, uniform), describe(model, modules))
@@ -182,23 +183,6 @@ def row_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     stacks = stacks_of(model)
     inside = [m for m in model.modules() if m is not model and _is_language_model(m)]
     return list(dict.fromkeys([model, *stacks.encoders, *stacks.decoders, *inside]))
-
-
-def check_not_compiled(model: torch.nn.Module) -> None:
-    """Refuse a model that is, or contains, a compiled module, where hooks would be silent.
-
-    Raises
-    ------
-    CompiledModelError
-        Naming the first such module.
-    """
-    for path, module in model.named_modules():
-        if _is_compiled(module):
-            place = f"its module {path!r}" if path else "it"
-            raise CompiledModelError(
-                f"cannot capture {type(model).__name__}: {place} is compiled by torch.compile, and compiled code "
-                "does not run hooks; capture the model before compiling it, or a copy that is not compiled"
-            )
 
 
 def _match(
@@ -248,21 +232,6 @@ def _without_patterns(
             f"found {decoder.attention!r}"
         )
     return kept
-
-
-def _is_compiled(module: torch.nn.Module) -> bool:
-    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-        return True
-    has_children = next(module.children(), None) is not None
-    # The hooks of a module run outside its forward, so that a class of leaves may have compiled its own.
-    return _is_compiled_function(vars(module).get("forward")) or (
-        has_children and _is_compiled_function(getattr(type(module), "forward", None))
-    )
-
-
-def _is_compiled_function(function: object) -> bool:
-    """Whether this is what torch.compile makes of a function; torch.compiler.disable leaves the same mark."""
-    return hasattr(function, "_torchdynamo_orig_callable") and not hasattr(function, "_torchdynamo_disable")
 
 
 def _not_found(

@@ -25,10 +25,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from strapfmt.errors import CaptureError, DiskSpaceError, RingFullError
+from strapfmt.errors import CaptureError, CompiledModelError, DiskSpaceError, RingFullError
+from strapfmt_capture.compiled import resumed
 from strapfmt_capture.drain_home import DrainHome
 from strapfmt_capture.dropped import INTERRUPTED, RING_FULL
-from strapfmt_capture.eager import check_runs_eagerly, is_repetition
+from strapfmt_capture.eager import is_repetition
 from strapfmt_capture.inputs import Inputs, named_arguments, read_inputs
 from strapfmt_capture.items import Boundary, Events, StepEnd, StepStart
 from strapfmt_capture.placement import Placement
@@ -124,11 +125,28 @@ class Steps:
         self._call: _Call | None = None
         #: The outermost call under way while paused.
         self._passed_by: FrameType | None = None
+        #: Whether the open step began where a graph was cut for it, and so ends in the same way.
+        self.ends_in_graph = False
         self._thread = 0
 
-    def enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take note that a row module is called; the caller is the frame of that call."""
-        check_runs_eagerly()
+    @property
+    def has_begun(self) -> bool:
+        """Whether a step is open, so that rows are known."""
+        return self._call is not None and self._call.open is not None
+
+    def enter(
+        self,
+        module: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        frame: FrameType,
+        *,
+        cuts_graph: bool = False,
+    ) -> None:
+        """Take note that a row module is called: as long as `frame` is on the stack, that call is not over.
+
+        `cuts_graph` says that this runs in the middle of compiled code, which is cut for it.
+        """
         if is_repetition():
             return
         if os.getpid() != self.process:
@@ -136,8 +154,6 @@ class Steps:
                 "a process that was forked inside the capture runs the captured model, and nothing drains it there; "
                 "run the model in the process that captures, or start the other one before"
             )
-        # The frame two levels up is the call's: as long as it is on the stack, that call is not over.
-        frame = sys._getframe(2)
         if self.is_paused:
             self._pass_by(frame)
             return
@@ -149,18 +165,21 @@ class Steps:
             self._end(call, "abandoned", INTERRUPTED)
         self._thread = threading.get_ident()
         self._call = _called(module, args, kwargs, frame, frame, sys.exception())
+        self.ends_in_graph = cuts_graph
 
-    def leave(self, output: Any) -> None:
-        """Take note that a call of a row module is over; the caller's caller is its frame."""
-        call, caller = self._call, sys._getframe(2)
-        if self._passed_by is not None and caller in (self._passed_by, self._passed_by.f_back):
+    def leave(self, output: Any, frame: FrameType) -> None:
+        """Take note that a call of a row module is over: the one whose frame this is, or the rest of it."""
+        call, frame = self._call, resumed(frame)
+        if self._passed_by is not None and frame in (self._passed_by, self._passed_by.f_back):
             self._passed_by = None
-        if call is not None and caller is call.model_frame and output is not None:
+        if call is None:
+            return
+        if frame is call.model_frame and output is not None:
             call.output = output
             if call.open is not None:
                 self._tracker.returned(output)
         # After an exception the hook is called one frame further out.
-        if call is None or caller not in (call.frame, call.frame.f_back):
+        if frame not in (call.frame, call.frame.f_back):
             return
         error = sys.exception()
         if error is None or error is call.exception:
@@ -218,6 +237,32 @@ class Steps:
         if events is not None:
             self._rings.publish(Events(columns=events))
         self._rings.publish(Boundary(is_urgent=self._drain.space.is_short))
+
+    def check_inside(self, tokens: torch.Tensor) -> None:
+        """Compare what compiled code gave to a language model in it with what the call around it was given.
+
+        Parameters
+        ----------
+        tokens : torch.Tensor [n_sequences, n_query]
+            Token ids; floating-point numbers in the place of embeddings.
+
+        Raises
+        ------
+        CompiledModelError
+            If these are not the tokens of the step.
+        """
+        inputs = None if self._call is None else self._call.inputs
+        if inputs is not None and tokens is inputs.given.get("input_ids"):
+            return
+        tokens = tokens.reshape(-1, tokens.shape[-1])
+        is_same = inputs is not None and tokens.shape == (inputs.n_sequences, inputs.n_query)
+        if is_same and inputs is not None and inputs.token_ids is not None and not tokens.is_floating_point():
+            is_same = np.array_equal(tokens.cpu().numpy(), inputs.token_ids)
+        if not is_same:
+            raise CompiledModelError(
+                "a language model inside compiled code is given other tokens than the call around it, so rows cannot "
+                "be told apart; compile and capture that model itself, not the one around it"
+            )
 
     def finish(self, error: BaseException | None) -> None:
         """End what is still open: a step that an interrupt has cut off, and what is known of rows since."""
