@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from strapfmt_capture.architectures import ARCHITECTURES, HEADS, Architecture
+from strapfmt_capture.wrappers import is_lens
 
 __all__ = ["Decoder", "child", "find_decoder", "find_decoders", "join", "named_decoders"]
 
@@ -78,7 +79,12 @@ def named_decoders(model: torch.nn.Module) -> list[Decoder]:
 
 
 def find_decoders(model: torch.nn.Module) -> Iterator[Decoder]:
-    """Yield the decoders in `model` whose `config.model_type` is in the table, each once."""
+    """Yield the decoders in `model` whose `config.model_type` is in the table, each once.
+
+    A TransformerLens model has none: its blocks answer to other names.
+    """
+    if is_lens(model):
+        return
     seen: list[torch.nn.Module] = []  # their blocks, which a wrapper (PEFT) passes off as its own
     for path, module in model.named_modules():
         model_type = getattr(getattr(module, "config", None), "model_type", None)

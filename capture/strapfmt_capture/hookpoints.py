@@ -13,6 +13,7 @@ from strapfmt_capture.attention import AttentionCall
 from strapfmt_capture.computed import Computation, TopK, expert_out, ssm_state
 from strapfmt_capture.decoders import Decoder, child, join, named_decoders
 from strapfmt_capture.heads import K, Q, Rotary, Split, V, separate
+from strapfmt_capture.wrappers import LENS_SITES, hidden_models, is_lens, n_blocks
 
 __all__ = [
     "EAGER_ADVICE",
@@ -213,21 +214,24 @@ def hook_points(
     In an encoder-decoder model all but `logits` begin with `encoder.` or `decoder.`, and the decoder has
     `decoder.blocks.N.cross_attn_out`, which comes between `attn_out` and `resid_mid`.
 
-    Empty for a model of no known architecture, where module paths are the sites.
+    A TransformerLens model has them where the library has hook points for them (`hook_resid_post`), which hold what
+    `run_with_cache` returns. Empty for a model of no known architecture, where module paths are the sites.
 
     Raises
     ------
     ArgumentError
         If `top_k_logits` is more than the vocabulary has.
     """
-    points = {
+    points = {point.site: point for point in _of_lens(model)} if is_lens(model) else {}
+    points |= {
         point.site: point
         for decoder in named_decoders(model)
         for point in _uniform(decoder, is_recomputed=recompute_patterns and not decoder.is_eager)
     }
     if top_k_logits is not None and "logits" in points:
-        decoder = named_decoders(model)[-1]
-        points |= {point.site: point for point in _largest(points["logits"], decoder, top_k_logits)}
+        config = model.cfg if is_lens(model) else named_decoders(model)[-1].config
+        n_vocab = getattr(config, "d_vocab" if is_lens(model) else "vocab_size")
+        points |= {point.site: point for point in _largest(points["logits"], n_vocab, top_k_logits)}
     return points
 
 
@@ -285,12 +289,24 @@ def _uniform(decoder: Decoder, *, is_recomputed: bool = False) -> Iterator[HookP
         yield HookPoint(site="logits", module_path=path, where="out", kwarg="logits" if whole else None)
 
 
-def _largest(logits: HookPoint, decoder: Decoder, k: int) -> Iterator[HookPoint]:
+def _of_lens(model: torch.nn.Module) -> Iterator[HookPoint]:
+    """Hook points of a TransformerLens model, each a module of the library's own that returns what it is given."""
+    paths = {"embed": "hook_embed"}
+    for number in range(n_blocks(model)):
+        paths |= {f"blocks.{number}.{site}": f"blocks.{number}.{name}" for site, name in LENS_SITES.items()}
+    paths["final_norm"] = "ln_final"
+    for site, path in paths.items():
+        if child(model, path) is not None:
+            is_pattern = site.endswith(".attn_pattern")
+            yield HookPoint(site=site, module_path=path, where="out", heads_first=is_pattern)
+    if hidden_models(model):
+        yield HookPoint(site="logits", module_path="original_model", where="out", kwarg="logits")
+
+
+def _largest(logits: HookPoint, n_vocab: int, k: int) -> Iterator[HookPoint]:
     """Hook points of the largest logits only."""
-    if k > decoder.config.vocab_size:
-        raise ArgumentError(
-            f"top_k_logits: expected at most {decoder.config.vocab_size}, the size of the vocabulary; got {k}"
-        )
+    if k > n_vocab:
+        raise ArgumentError(f"top_k_logits: expected at most {n_vocab}, the size of the vocabulary; got {k}")
     values, ids = TOP_SITES
     yield replace(logits, site=values, compute=TopK(k, "values"))
     yield replace(logits, site=ids, compute=TopK(k, "ids"))

@@ -16,14 +16,17 @@ from strapfmt.errors import CaptureError
 from strapfmt_capture.eager import has_values
 from strapfmt_capture.encoders import vectors_of
 from strapfmt_capture.histories import cache_length
+from strapfmt_capture.wrappers import hidden_models, is_lens
 
 __all__ = ["Inputs", "named_arguments", "read_inputs"]
 
 # What models call their token ids, Hugging Face's name first.
 _TOKEN_NAMES = ("input_ids", "idx", "tokens", "token_ids")
 _CACHE_NAMES = ("past_key_values", "cache_params", "layer_past")
+# TransformerLens's names: of tokens (or text, or embeddings), and before version 4 of a cache of its own.
+_LENS_TOKENS, _LENS_CACHE = "input", "past_kv_cache"
 # All that says which tokens a pass is about.
-_NAMES = (*_TOKEN_NAMES, *_CACHE_NAMES, "inputs_embeds", "attention_mask", "position_ids")
+_NAMES = (*_TOKEN_NAMES, _LENS_TOKENS, *_CACHE_NAMES, "inputs_embeds", "attention_mask", "position_ids")
 # What only a module that holds both an encoder and a decoder takes.
 _DECODER_NAMES = ("decoder_input_ids", "decoder_inputs_embeds")
 # What is added to a score is a bias above this, and below it an end to attention.
@@ -198,7 +201,9 @@ def read_inputs(module: torch.nn.Module, given: Mapping[str, Any]) -> Inputs | N
     CaptureError
         For caches and masks that cannot be followed: tuples of tensors, block masks, paged batches.
     """
-    shaped = None if _has_two_streams(module, given) else _token_ids(given)
+    is_lens_call = _LENS_TOKENS in given and is_lens(module) and not hidden_models(module)
+    names = (*_TOKEN_NAMES, _LENS_TOKENS) if is_lens_call else _TOKEN_NAMES
+    shaped = None if _has_two_streams(module, given) else _token_ids(given, names)
     if shaped is None:
         return None
     token_ids, n_sequences, n_query = shaped
@@ -206,6 +211,8 @@ def read_inputs(module: torch.nn.Module, given: Mapping[str, Any]) -> Inputs | N
         raise CaptureError(
             "cannot tell sequences apart under continuous batching (generate_batch): capture generate() instead"
         )
+    if is_lens_call:
+        _check_lens_call(module, given, n_sequences)
     cache = _cache(given)
     return Inputs(
         n_sequences=n_sequences,
@@ -252,9 +259,26 @@ def _int64(token_ids: torch.Tensor) -> NDArray[np.int64]:
     return ids
 
 
-def _token_ids(given: Mapping[str, Any]) -> tuple[torch.Tensor | None, int, int] | None:
+def _check_lens_call(module: torch.nn.Module, given: Mapping[str, Any], n_sequences: int) -> None:
+    """Refuse what a `HookedTransformer` does with tokens that its arguments do not tell."""
+    if given.get(_LENS_CACHE) is not None:
+        raise CaptureError(
+            f"{_LENS_CACHE}: a key-value cache of TransformerLens's own cannot be followed from one pass to the next; "
+            "generate(..., use_past_kv_cache=False)"
+        )
+    side = getattr(getattr(module, "tokenizer", None), "padding_side", None)
+    if side == "left" and n_sequences > 1 and given.get("attention_mask") is None:
+        raise CaptureError(
+            "input: with a tokenizer that pads on the left the model makes a mask of its own, and which tokens are "
+            "padding is not known; pass attention_mask, or pad on the right"
+        )
+
+
+def _token_ids(
+    given: Mapping[str, Any], names: tuple[str, ...]
+) -> tuple[torch.Tensor | None, int, int] | None:
     """Token ids `[n_sequences, n_query]` (None for embeddings) and their shape."""
-    for name in _TOKEN_NAMES:
+    for name in names:
         ids = given.get(name)
         if isinstance(ids, torch.Tensor) and ids.ndim in (1, 2) and not ids.is_floating_point():
             ids = ids.detach().reshape(-1, ids.shape[-1])

@@ -42,6 +42,7 @@ from strapfmt_capture.selection import Positions, Selection, TokenColumns
 from strapfmt_capture.sites import as_patterns, describe, remarks, resolve, row_modules
 from strapfmt_capture.statistics import check_statistics
 from strapfmt_capture.stopping import Stop
+from strapfmt_capture.wrappers import unwrapped
 
 __all__ = ["Capture", "Mode", "PatternSource", "capture"]
 
@@ -49,7 +50,7 @@ PatternSource = Literal["model", "recompute"]
 
 
 def capture(
-    model: torch.nn.Module,
+    model: Any,
     path: str | Path,
     *,
     sites: str | Iterable[str],
@@ -92,9 +93,10 @@ def capture(
 
     Parameters
     ----------
-    model : torch.nn.Module
-        Any module; sites and rows of Hugging Face language models, causal or encoder-decoder, are known by uniform
-        names. Its outputs and exceptions stay as they are, and its hooks are gone afterwards.
+    model : torch.nn.Module, or an nnsight model
+        Any module; sites and rows of Hugging Face language models, causal or encoder-decoder, and of TransformerLens
+        models are known by uniform names. Its outputs and exceptions stay as they are, and its hooks are gone
+        afterwards.
     path : path
         The dataset, a directory whose name ends in `.strap`.
     sites : str or iterable of str
@@ -217,6 +219,7 @@ def capture(
     )
     if attn_pattern not in ("model", "recompute"):
         raise ArgumentError(f"attn_pattern: expected 'model' or 'recompute', got {attn_pattern!r}")
+    model = unwrapped(model)
     check_model(model)
     check_tokenizer(tokenizer)
     tags_text(tags)

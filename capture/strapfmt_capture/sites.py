@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ from strapfmt_capture.hookpoints import (
     hook_points,
 )
 from strapfmt_capture.listing import SiteInfo, SiteListing, describe
+from strapfmt_capture.wrappers import hidden_models, lens_paths, unwrapped
 
 __all__ = [
     "HookPoint",
@@ -82,6 +84,7 @@ def resolve(
     wanted = as_patterns(patterns)
     uniform = hook_points(model, top_k_logits=top_k_logits, recompute_patterns=recompute_patterns)
     paths = [path for path in named_originals(model) if path]
+    paths += lens_paths(model, (pattern.partition(":")[0] for pattern in wanted))
     found: dict[str, HookPoint] = {}
     for pattern in wanted:
         for point in _match(model, pattern, uniform, paths):
@@ -122,7 +125,7 @@ def remarks(
     asked = {site for pattern in as_patterns(patterns) for site in matching(pattern, uniform)}
     decoders = list(find_decoders(model))
     said = []
-    if asked and not decoders[0].is_eager and any(uniform[site].is_pattern for site in asked):
+    if asked and decoders and not decoders[0].is_eager and any(uniform[site].is_pattern for site in asked):
         if recompute_patterns:
             said.append(
                 f"attention patterns were computed from queries, keys and masks, as {decoders[0].attention!r} "
@@ -140,8 +143,8 @@ def remarks(
     return said
 
 
-def list_sites(model: torch.nn.Module) -> SiteListing:
-    """List what can be captured from `model`, with shapes and sizes, without running it.
+def list_sites(model: Any) -> SiteListing:
+    """List what can be captured from `model`, a module or an nnsight model, with shapes and sizes, without running it.
 
     Returns
     -------
@@ -154,6 +157,7 @@ def list_sites(model: torch.nn.Module) -> SiteListing:
     ArgumentError
         If `model` is no module.
     """
+    model = unwrapped(model)
     check_model(model)
     model = original(model)
     decoder = find_decoder(model)
@@ -180,9 +184,16 @@ def row_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     CaptureError
         For an encoder-decoder model that does not tell which of its modules is the encoder.
     """
-    stacks = stacks_of(model)
-    inside = [m for m in model.modules() if m is not model and _is_language_model(m)]
-    return list(dict.fromkeys([model, *stacks.encoders, *stacks.decoders, *inside]))
+    stacks, hidden = stacks_of(model), hidden_models(model)
+    for each in hidden:
+        if stacks_of(each).encoders:
+            raise CaptureError(
+                f"{type(model).__name__} calls an encoder-decoder model, whose two streams of tokens cannot be told "
+                "apart from outside; capture that model itself: its original_model"
+            )
+    whole = [model, *hidden]
+    inside = [m for each in whole for m in each.modules() if m is not model and _is_language_model(m)]
+    return list(dict.fromkeys([*whole, *stacks.encoders, *stacks.decoders, *inside]))
 
 
 def _match(
