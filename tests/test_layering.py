@@ -99,7 +99,8 @@ THIRD_PARTY: dict[str, Allowed] = {
     "duckdb": Allowed(at_top=set(), inside={"query"}),
     "pandas": Allowed(at_top=set(), inside={"query", "reader"}),
     "polars": Allowed(at_top=set(), inside={"query", "reader"}),
-    "transformers": Allowed(at_top=set(), inside={"strapfmt_capture", "cli"}),
+    # At the top of strapfmt_capture.trainer only, whose class extends one of it; nothing imports that module.
+    "transformers": Allowed(at_top={"strapfmt_capture"}, inside={"cli"}),
     "rich": Allowed(at_top={"cli"}, inside={"strapfmt_capture"}),
     "typer": Allowed(at_top={"cli"}, inside=set()),
 }
@@ -256,6 +257,12 @@ def test_finder_tells_top_level_from_inside_functions(tmp_path: Path) -> None:
 
 def test_nothing_in_strapfmt_is_a_module_named_capture() -> None:
     assert [path for path in SOURCES if path.stem == "capture" or path.parent.name == "capture"] == []
+
+
+def test_only_the_trainer_callback_imports_transformers_at_its_top() -> None:
+    found = {each.path.name for each in IMPORTS if each.is_at_top and each.module.startswith("transformers")}
+    assert found == {"trainer.py"}
+    assert [str(each) for each in IMPORTS if each.module.startswith("strapfmt_capture.trainer")] == []
 
 
 @pytest.mark.parametrize("statement", ["import strapfmt", "import strapfmt.cli", "import strapfmt.writer"])
