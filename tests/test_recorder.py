@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import os
 import threading
 import warnings
@@ -469,3 +470,42 @@ def test_values_that_are_refused_write_nothing(
         rec.write(values=values, **{"site": "a", **arguments})
     reader = Reader(tmp_path / "x.strap")
     assert (reader.names, len(reader.tokens)) == ([], 0)
+
+
+def test_tokens_of_one_call_may_differ_in_phase_and_their_sequences_in_tags(tmp_path: Path) -> None:
+    with strapfmt.create(tmp_path / "a.strap", tags={"run": 1, "who": "all"}) as recorder:
+        recorder.tokens(
+            [5, 6, 7],
+            sequence_id=[0, 0, 1],
+            phase=["prefill", "prefill", "decode"],
+            tags={1: {"who": "one"}},
+        )
+        recorder.end_step()
+        recorder.tokens([8, 9], sequence_id=[0, 1], phase=["decode", "decode"])
+    dataset = strapfmt.open(tmp_path / "a.strap")
+    phases = [phase for (phase,) in dataset.sql("select phase from tokens order by row").fetchall()]
+    assert phases == ["prefill", "prefill", "decode", "decode", "decode"]
+    assert dataset.sql("select phase from steps order by step").fetchall() == [("prefill",), ("decode",)]
+    tags = dataset.sql("select tags from sequences order by sequence_id").fetchall()
+    assert [json.loads(text) for (text,) in tags] == [{"run": 1, "who": "all"}, {"run": 1, "who": "one"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"phase": ["prefill"], "n": 2}, "phase: expected one, or one a token, 2; got 1"),
+        ({"phase": ["prefill", "x"], "n": 2}, "got 'x'"),
+        ({"n": 1, "tags": {0: {}}}, "expected sequence_id beside them"),
+        ({"sequence_id": [0], "tags": {3: {}}}, "begin with these tokens, got 3"),
+        ({"sequence_id": [0], "tags": {0: "x"}}, "tags of sequence 0: expected a mapping"),
+        ({"sequence_id": [0], "tags": {0: {1: 2}}}, "keys that are text"),
+    ],
+)
+def test_phases_and_tags_that_fit_no_token_are_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with strapfmt.create(tmp_path / "a.strap") as recorder:
+        with pytest.raises(ArgumentError, match=message):
+            recorder.tokens(**options)
+        recorder.tokens([5], sequence_id=[0])
+    assert strapfmt.open(tmp_path / "a.strap").sql("select count(*) from tokens").fetchall() == [(1,)]

@@ -37,7 +37,8 @@ _Int64: TypeAlias = npt.NDArray[np.int64]
 _PATIENCE_S = 2.0
 
 # The arguments of `Recorder.tokens`.
-_DESCRIPTION = ("token_ids", "sequence_id", "position", "n", "phase")
+_DESCRIPTION = ("token_ids", "sequence_id", "position", "n", "phase", "tags")
+_PHASES = ("prefill", "decode", "encode")
 
 
 def create(
@@ -157,7 +158,8 @@ class Recorder:
         sequence_id: Integers | None = None,
         position: Integers | None = None,
         n: int | None = None,
-        phase: Literal["prefill", "decode", "encode"] = "prefill",
+        phase: str | Sequence[str] = "prefill",
+        tags: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> TokenRows:
         """Describe tokens of the current step, to write values of them at any number of sites.
 
@@ -171,7 +173,11 @@ class Recorder:
             Place of each token in its sequence. None goes on behind the last token of each.
         n : int, optional
             How many tokens there are, if nothing else says so.
-        phase : {"prefill", "decode", "encode"}
+        phase : {"prefill", "decode", "encode"}, or a sequence of them [n]
+            Of all tokens, or of each.
+        tags : mapping, optional
+            By number, as in `sequence_id`, of sequences that begin here: JSON values kept with them, over those of the
+            dataset.
 
         Returns
         -------
@@ -183,18 +189,22 @@ class Recorder:
         ArgumentError
             If the arrays do not fit together.
         """
-        if phase not in ("prefill", "decode", "encode"):
-            raise ArgumentError(f"phase: expected 'prefill', 'decode' or 'encode', got {phase!r}")
+        phases = [phase] if isinstance(phase, str) else list(phase)
+        if strange := [each for each in phases if each not in _PHASES]:
+            raise ArgumentError(f"phase: expected 'prefill', 'decode' or 'encode', got {strange[0]!r}")
+        if tags and sequence_id is None:
+            raise ArgumentError("tags: expected sequence_id beside them, which says whose they are")
         step = self._begin()
         rows = self._book.add(
             step=step.number,
-            phase=phase,
+            phase=phase if isinstance(phase, str) else phases,
             token_ids=token_ids,
             sequence_id=sequence_id,
             position=position,
             n=n,
+            tags=tags or {},
         )
-        step.phase = phase
+        step.phase = phases[0] if len(set(phases)) == 1 else "prefill"
         step.rows.append(rows)
         return rows
 

@@ -69,7 +69,7 @@ class TokenBook:
         self._writer, self._n_before = writer, n_sequences
         self._base = writer.rank << spec.RANK_SHIFT
         self._texts = None if tokenizer is None else TokenTexts(tokenizer)
-        self._tags = tags_text(tags)
+        self._tags, self._tags_text = dict(tags or {}), tags_text(tags)
         manifest = stored_manifest(writer.path, writer.rank)
         assert manifest is not None  # a writer begins with a commit
         self._dataset = manifest.writer_id
@@ -80,11 +80,12 @@ class TokenBook:
         self,
         *,
         step: int,
-        phase: str,
+        phase: str | list[str],
         token_ids: npt.ArrayLike | torch.Tensor | None,
         sequence_id: npt.ArrayLike | torch.Tensor | None,
         position: npt.ArrayLike | torch.Tensor | None,
         n: int | None,
+        tags: Mapping[int, Mapping[str, Any]],
     ) -> TokenRows:
         """Number tokens, write their rows of `tokens`, and of `sequences` for those that begin."""
         columns = {"token_ids": token_ids, "position": position, "sequence_id": sequence_id}
@@ -99,7 +100,10 @@ class TokenBook:
             positions = integers("position", self._next_positions(groups), most=_INT32_MAX)
         positions = np.broadcast_to(positions, (n,))
         texts, is_special = (None, None) if ids is None or self._texts is None else self._texts.columns(ids)
-        begun = self._begun(groups, step, ids)
+        phases = [phase] * n if isinstance(phase, str) else phase
+        if len(phases) != n:
+            raise ArgumentError(f"phase: expected one, or one a token, {n}; got {len(phases)}")
+        begun = self._begun(groups, step, ids, tags)
         first = self._writer.reserve("row", n) if n else self._base
         rows = np.arange(first, first + n)
         parents = self._parents(groups, positions, rows)
@@ -108,7 +112,7 @@ class TokenBook:
             {
                 "row": rows,
                 "step": np.full(n, step),
-                "phase": [phase] * n,
+                "phase": phases,
                 "batch_index": groups.batch_index.astype(np.int32),
                 "sequence_id": groups.sequences,
                 "position": positions.astype(np.int32),
@@ -204,9 +208,16 @@ class TokenBook:
     def _begins(self, sequence: int) -> bool:
         return sequence not in self._last and sequence - self._base >= self._n_before
 
-    def _begun(self, groups: _Groups, step: int, ids: _Int64 | None) -> dict[str, Any] | None:
+    def _begun(
+        self, groups: _Groups, step: int, ids: _Int64 | None, tags: Mapping[int, Mapping[str, Any]]
+    ) -> dict[str, Any] | None:
         """Columns of `sequences` for those that begin."""
         begun = [i for i, sequence in enumerate(groups.unique.tolist()) if self._begins(sequence)]
+        known = {number for sequence in groups.unique[begun].tolist() for number in _names(sequence)}
+        if stray := [number for number in tags if number not in known]:
+            raise ArgumentError(
+                f"tags: expected numbers of sequences that begin with these tokens, got {stray[0]!r}"
+            )
         if not begun:
             return None
         prompts: list[_Int64 | None] = [None] * len(begun)
@@ -224,8 +235,21 @@ class TokenBook:
             "prompt": [
                 None if prompt is None or texts is None else texts.of_prompt(prompt) for prompt in prompts
             ],
-            "tags": [self._tags] * n,
+            "tags": [self._tags_of(sequence, tags) for sequence in groups.unique[begun].tolist()],
         }
+
+    def _tags_of(self, sequence: int, tags: Mapping[int, Mapping[str, Any]]) -> str:
+        """The dataset's tags, and over them those of one sequence."""
+        own = next((tags[number] for number in _names(sequence) if number in tags), None)
+        if own is None:
+            return self._tags_text
+        tags_text(own, f"tags of sequence {sequence}")  # before it is taken for a mapping
+        return tags_text({**self._tags, **own})
+
+
+def _names(sequence: int) -> tuple[int, int]:
+    """The numbers by which a sequence may be called: its whole one, and the one in its rank."""
+    return sequence, sequence & ((1 << spec.RANK_SHIFT) - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
