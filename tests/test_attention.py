@@ -238,7 +238,7 @@ def test_attention_that_goes_its_own_way_is_refused_before_anything_happens(
         assert resolve(model, "**.attn_pattern", recompute_patterns=True)[0].where == "out"
         model.config._attn_implementation = "sdpa"
     with pytest.raises(CaptureError, match=r"calls no function of the ALL_ATTENTION_FUNCTIONS.*eager"):
-        strapfmt.capture(model, tmp_path / "x.strap", sites="blocks.*.*", attn_pattern="recompute")
+        strapfmt.capture(model, tmp_path / "x.strap", sites="**.attn_pattern", attn_pattern="recompute")
     assert not (tmp_path / "x.strap").exists()
 
 
@@ -249,7 +249,7 @@ def test_patterns_are_recomputed_on_request_only(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="attn_pattern: expected 'model' or 'recompute', got 'eager'"):
         strapfmt.capture(model, tmp_path / "x.strap", sites="blocks.0.attn_pattern", attn_pattern="eager")  # type: ignore[arg-type]
     cap = strapfmt.capture(
-        model, tmp_path / "x.strap", sites="blocks.0.*", attn_pattern="recompute", quiet=True
+        model, tmp_path / "x.strap", sites="blocks.0.attn_*", attn_pattern="recompute", quiet=True
     )
     assert any("computed from queries, keys and masks, as 'sdpa'" in note for note in cap.report.notes)
     eager = tiny_model("llama", attn_implementation="eager")

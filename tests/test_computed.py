@@ -113,7 +113,7 @@ def test_experts_are_chosen_and_compute_as_stored(
         norm.register_forward_hook(lambda _, args, out: inputs.append(out.detach().flatten(0, 1).clone())),
         experts.register_forward_hook(lambda _, args, out: sums.append(out.detach().clone())),
     ]
-    reader, real = generated(model, tmp_path / "x.strap", f"blocks.{LAYER}.*")
+    reader, real = generated(model, tmp_path / "x.strap", [f"blocks.{LAYER}.*", "**.expert_out"])
     for handle in handles:
         handle.remove()
     found = {

@@ -80,7 +80,11 @@ def some_ids(n_sequences: int = 2, n_query: int = 5) -> torch.Tensor:
 def test_uniform_sites_are_what_they_say(family: str, overrides: dict[str, Any]) -> None:
     model = tiny_model(family, attn_implementation="eager", **overrides)
     values, output = read(
-        model, resolve(model, "**"), some_ids(), output_hidden_states=True, output_attentions=True
+        model,
+        resolve(model, list(hook_points(model))),
+        some_ids(),
+        output_hidden_states=True,
+        output_attentions=True,
     )
     assert set(values) == set(hook_points(model)), "a site never fired"
     states = hidden_states(model, some_ids(), output)
@@ -473,7 +477,7 @@ def test_an_encoder_and_a_decoder_can_begin_a_step_whatever_they_are_given() -> 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_of_one_decoder_gives_no_cause_for_remarks(family: str) -> None:
-    assert remarks(tiny_model(family, attn_implementation="eager"), "**") == []
+    assert remarks(tiny_model(family, attn_implementation="eager"), "**.resid_*") == []
 
 
 def test_the_second_decoder_of_a_model_is_told() -> None:
@@ -498,3 +502,38 @@ def test_what_compile_makes_of_a_model_or_a_layer_has_the_same_sites() -> None:
         "model.layers.0.mlp",
         "model.layers.1.mlp",
     ]
+
+
+def kinds_of(points: list[HookPoint]) -> set[str]:
+    return {point.site.rpartition(".")[2] for point in points}
+
+
+@pytest.mark.parametrize("pattern", ["**", "blocks.*.*", "blocks.0.*", "blocks.**", "blocks.0.?*", "*.*.**"])
+def test_a_wildcard_alone_leaves_out_what_is_computed_once_more(pattern: str) -> None:
+    model = tiny_model("mixtral", attn_implementation="sdpa")
+    kinds = kinds_of(resolve(model, pattern, recompute_patterns=True))
+    assert {"resid_post", "router_logits", "expert_weights", "rot_q"} <= kinds
+    assert not kinds & {"expert_out", "attn_pattern"}
+    said = remarks(model, pattern, recompute_patterns=True)
+    assert said == [
+        "attn_pattern, expert_out left out, which cost a part of the model once more: "
+        'ask for "blocks.*.attn_pattern" as well'
+    ]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["blocks.*.expert_out", "**.expert_out", "blocks.0.expert_*", "*.1.*_out"]
+)
+def test_what_is_computed_once_more_is_taken_by_its_name(pattern: str) -> None:
+    model = tiny_model("mixtral", attn_implementation="sdpa")
+    assert "expert_out" in kinds_of(resolve(model, pattern))
+    assert remarks(model, pattern) == []
+
+
+def test_a_costly_site_that_one_pattern_names_is_not_called_left_out() -> None:
+    model = tiny_model("mixtral", attn_implementation="eager")
+    asked = ["**", "blocks.*.expert_out"]
+    assert "expert_out" in kinds_of(resolve(model, asked))
+    assert remarks(model, asked) == []
+    # Patterns of eager attention are there anyway.
+    assert "attn_pattern" in kinds_of(resolve(model, "blocks.*.*"))

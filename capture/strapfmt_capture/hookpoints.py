@@ -66,6 +66,8 @@ class HookPoint:
         The attention module, where `read` has to know what that was called with.
     whole : callable or None
         Makes one tensor of a value that is spread over processes: see `parallel`.
+    is_costly : bool
+        A part of the model is computed once more for it: `blocks.0.*` leaves it out, `blocks.*.expert_out` names it.
     """
 
     site: str
@@ -82,6 +84,7 @@ class HookPoint:
     rotary: Rotary | None = None
     attention_path: str | None = None
     whole: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, compare=False, repr=False)
+    is_costly: bool = False
 
     @property
     def is_pattern(self) -> bool:
@@ -255,7 +258,9 @@ def _uniform(decoder: Decoder, *, is_recomputed: bool = False) -> Iterator[HookP
             for part, inner, options in _projections(decoder, block, join(decoder.path, attn)):
                 yield point(f"{name}.{part}", join(path, inner), **options)
             how: dict[str, Any] = (
-                {"where": "attention"} if is_recomputed else {"index": architecture.attn_pattern_index}
+                {"where": "attention", "is_costly": True}
+                if is_recomputed
+                else {"index": architecture.attn_pattern_index}
             )
             yield point(f"{name}.attn_pattern", attn, heads_first=True, advice=EAGER_ADVICE, **how)
             heads = architecture.heads
@@ -275,7 +280,7 @@ def _uniform(decoder: Decoder, *, is_recomputed: bool = False) -> Iterator[HookP
             router, experts = join(path, architecture.router), join(path, architecture.experts)
             for index, what in enumerate(("router_logits", "expert_weights", "expert_ids")):
                 yield point(f"{name}.{what}", router, index=index, is_flat=True)
-            yield point(f"{name}.expert_out", experts, is_flat=True, compute=expert_out)
+            yield point(f"{name}.expert_out", experts, is_flat=True, compute=expert_out, is_costly=True)
         if child(block, architecture.mlp_inner) is not None:
             yield point(f"{name}.mlp_inner", join(path, architecture.mlp_inner), "in")
         if child(block, architecture.mlp_out) is not None:

@@ -100,7 +100,8 @@ def capture(
     path : path
         The dataset, a directory whose name ends in `.strap`.
     sites : str or iterable of str
-        Site names and module paths, with wildcards; `strapfmt.sites(model)` lists them.
+        Site names and module paths, with wildcards; `strapfmt.sites(model)` lists them. One that ends in a wildcard alone
+        (`blocks.0.*`) leaves out `expert_out` and recomputed patterns, for which a part of the model runs once more.
     tokenizer : object, optional
         Turns token ids into text for the `tokens` and `sequences` tables; what it cannot decode is stored as null.
     attn_pattern : {"model", "recompute"}

@@ -3,7 +3,8 @@
 A pattern is a site name (`blocks.3.resid_post`) or a module path (`model.layers.3.mlp`, its output, or
 `model.layers.3.mlp:in`, its input), and may hold wildcards: `*`, `?` and `[012]` stay within one dotted segment,
 so that `blocks.*.resid_post` and `model.layers.*` are exactly the layers; `**` stands for any number of segments.
-A pattern that matches a site name is not tried as a module path.
+A pattern that matches a site name is not tried as a module path. One that ends in nothing but a wildcard (`blocks.0.*`)
+leaves out the sites for which a part of the model is computed once more, `blocks.*.expert_out` names them.
 """
 
 from __future__ import annotations
@@ -121,10 +122,16 @@ def remarks(
     model: torch.nn.Module, patterns: str | Iterable[str], *, recompute_patterns: bool = False
 ) -> list[str]:
     """Say what `patterns`, as `resolve` reads them, leave out that a person may expect, or add."""
-    uniform = hook_points(model)
-    asked = {site for pattern in as_patterns(patterns) for site in matching(pattern, uniform)}
+    uniform = hook_points(model, recompute_patterns=recompute_patterns)
+    matches = [(pattern, site) for pattern in as_patterns(patterns) for site in matching(pattern, uniform)]
+    asked = {site for pattern, site in matches if not _is_passed_over(pattern, uniform[site])}
     decoders = list(find_decoders(model))
     said = []
+    if kinds := sorted({site.rpartition(".")[2] for _, site in matches if site not in asked}):
+        said.append(
+            f"{', '.join(kinds)} left out, which cost{'s' if len(kinds) == 1 else ''} a part of the model once more: "
+            f'ask for "blocks.*.{kinds[0]}" as well'
+        )
     if asked and decoders and not decoders[0].is_eager and any(uniform[site].is_pattern for site in asked):
         if recompute_patterns:
             said.append(
@@ -202,6 +209,7 @@ def _match(
     """Hook points of one pattern."""
     sites = matching(pattern, uniform)
     if sites:
+        sites = [site for site in sites if not _is_passed_over(pattern, uniform[site])]
         return [uniform[site] for site in _without_patterns(model, pattern, sites, uniform)]
     path_pattern, _, where = pattern.partition(":")
     matches = matching(path_pattern, paths) if where in ("", "in", "out") else []
@@ -216,6 +224,11 @@ def _match(
     return [
         HookPoint(site=path + suffix, module_path=path, where=where or "out", kwarg=kwarg) for path in matches
     ]
+
+
+def _is_passed_over(pattern: str, point: HookPoint) -> bool:
+    """Whether a site is too costly to be meant by a pattern that does not name its kind."""
+    return point.is_costly and not pattern.rpartition(".")[2].strip("*?")
 
 
 def _largest_only(found: dict[str, HookPoint], uniform: Mapping[str, HookPoint]) -> dict[str, HookPoint]:
