@@ -7,7 +7,7 @@ import sys
 import torch
 import torch.utils.checkpoint
 
-__all__ = ["has_values", "is_repetition"]
+__all__ = ["checkpointed_call", "has_values", "is_repetition"]
 
 _CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 
@@ -20,6 +20,17 @@ def is_repetition() -> bool:
     while frame is not None and frame.f_code.co_filename != _CHECKPOINT_FILE:
         frame = frame.f_back  # type: ignore[assignment]
     return frame is not None
+
+
+def checkpointed_call() -> object | None:
+    """Return what stands for the call of a reentrant checkpoint that this thread is in, the same in its repetition."""
+    frame = sys._getframe(1)
+    while frame is not None and not (
+        frame.f_code.co_filename == _CHECKPOINT_FILE and "ctx" in frame.f_code.co_varnames
+    ):
+        frame = frame.f_back  # type: ignore[assignment]
+    call: object | None = None if frame is None else frame.f_locals.get("ctx")
+    return call
 
 
 def has_values(x: torch.Tensor) -> bool:

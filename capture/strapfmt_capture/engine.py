@@ -66,6 +66,7 @@ class Options:
     commit_interval_s: float
     min_free_bytes: int | None = 0
     top_k_logits: int | None = None
+    backward: bool = False
     stop_at_layer: int | None = None
     selection: Selection | None = None
 

@@ -156,6 +156,11 @@ class Split:
         """Of one token: heads and their width."""
         return (self.sizes.n_heads if self.part == Q else self.sizes.n_kv_heads, self.sizes.d_head)
 
+    @property
+    def is_view(self) -> bool:
+        """Whether heads are the values given, and not bounded."""
+        return self.layout is not clipped or self.sizes.clip is None
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return `[*tokens, heads, d_head]`, a view where the layout allows one."""
         return x.transpose(1, 2) if self.is_turned else self.layout(x, self.part, self.sizes)

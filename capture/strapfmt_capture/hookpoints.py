@@ -17,6 +17,7 @@ from strapfmt_capture.wrappers import LENS_SITES, hidden_models, is_lens, n_bloc
 
 __all__ = [
     "EAGER_ADVICE",
+    "GRADIENT_SUFFIX",
     "TOP_SITES",
     "HookPoint",
     "hook_points",
@@ -24,6 +25,9 @@ __all__ = [
 
 #: What `logits` are stored as where the largest only are wanted.
 TOP_SITES = ("logits.top_values", "logits.top_ids")
+
+#: What the site of the gradients of a site is called behind its name.
+GRADIENT_SUFFIX = ".grad"
 
 EAGER_ADVICE = (
     'the attention pattern exists only with eager attention: load the model with attn_implementation="eager"'
@@ -68,6 +72,8 @@ class HookPoint:
         Makes one tensor of a value that is spread over processes: see `parallel`.
     is_costly : bool
         A part of the model is computed once more for it: `blocks.0.*` leaves it out, `blocks.*.expert_out` names it.
+    is_gradient : bool
+        The site holds the gradients of a loss with respect to the values of `of_value`.
     """
 
     site: str
@@ -85,21 +91,37 @@ class HookPoint:
     attention_path: str | None = None
     whole: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, compare=False, repr=False)
     is_costly: bool = False
+    is_gradient: bool = False
 
     @property
     def is_pattern(self) -> bool:
         """Whether the site is an attention pattern, whose last dimension varies."""
-        return self.site.endswith(".attn_pattern") and self.is_uniform
+        return self.of_value.site.endswith(".attn_pattern") and self.is_uniform
 
     @property
     def hook_point(self) -> str:
-        """The place in words: `"model.layers.3:out"`, with `:rotated` where that is done once more."""
-        return f"{self.module_path}:{self.where}{':rotated' if self.rotary else ''}"
+        """The place in words: `"model.layers.3:out"`, with `:rotated` where that is done once more, or `:grad`."""
+        what = ":grad" if self.is_gradient else ":rotated" if self.rotary else ""
+        return f"{self.module_path}:{self.where}{what}"
 
     @property
     def is_uniform(self) -> bool:
         """Whether the site has a name of its own, the same in every architecture, and not its module's."""
-        return self.site not in (self.module_path, self.hook_point)
+        value = self.of_value
+        return value.site not in (value.module_path, value.hook_point)
+
+    @property
+    def of_value(self) -> HookPoint:
+        """The hook point itself; of a site of gradients, that of the values."""
+        if not self.is_gradient:
+            return self
+        return replace(self, site=self.site.removesuffix(GRADIENT_SUFFIX), is_gradient=False)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the model goes on with what is read here, but for its shape, so that a loss may depend on it."""
+        is_read = self.compute is None and self.rotary is None and self.where != "attention"
+        return is_read and (self.split is None or self.split.is_view)
 
     def read(
         self,
@@ -132,7 +154,7 @@ class HookPoint:
         CaptureError
             If there is no tensor at this place in this call.
         """
-        value = self._input(args, kwargs) if self.where == "in" else self._output(output)
+        value = self.found(args, kwargs, output)
         if self.whole is not None and isinstance(value, torch.Tensor):
             value = self.whole(value)
         if self.compute is not None:
@@ -143,9 +165,17 @@ class HookPoint:
             called = f"was called with {_kind(args)} and {_kind(kwargs)}"
             is_of_call = self.where == "in" or self.compute is not None
             raise CaptureError(self._complaint(called if is_of_call else returned))
-        value = value.transpose(1, 2) if self.heads_first else value
-        value = value if self.split is None else self.split(value)
+        value = self.shaped(value)
         return value if self.rotary is None else self._rotated(value, attention)
+
+    def found(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any = None) -> Any:
+        """Return what the module was given or gives at this place, as it is."""
+        return self._input(args, kwargs) if self.where == "in" else self._output(output)
+
+    def shaped(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what was found, or a gradient with respect to that, in the shape of the site."""
+        x = x.transpose(1, 2) if self.heads_first else x
+        return x if self.split is None else self.split(x)
 
     def _rotated(
         self, x: torch.Tensor, attention: tuple[torch.nn.Module, Mapping[str, Any]] | None

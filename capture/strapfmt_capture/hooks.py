@@ -7,6 +7,8 @@ reach it.
   of its own every firing adds rows.
 - A firing outside any step (a part of the model is called directly) is a CaptureError, but for the second forward pass
   that gradient checkpointing makes inside backward: the values of the first are kept, the repetition is ignored.
+- Of a gradient, the rows are those of the value: what `backward=True` stores is placed when the value is. It comes by a
+  hook on the module's own tensor, so that what the model does to that in place later has no part in it.
 - Hooks that a copy of the model has taken along do nothing.
 - A hook that torch.compile traces puts a copy of the value on its `Tap`: the graph returns it there, as one more
   output, and it is taken when the compiled code is over. A pass begins before and ends after that code.
@@ -17,9 +19,9 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -43,11 +45,12 @@ from strapfmt_capture.compiled import (
 )
 from strapfmt_capture.computed import expert_out, is_computing
 from strapfmt_capture.drain_home import DrainHome
-from strapfmt_capture.eager import is_repetition
+from strapfmt_capture.eager import has_values, is_repetition
 from strapfmt_capture.encoders import stacks_of
+from strapfmt_capture.gradients import Awaited, Backward, Gradients
 from strapfmt_capture.heads import POSITIONS
 from strapfmt_capture.hookpoints import HookPoint
-from strapfmt_capture.placement import Layout, Placement, declare
+from strapfmt_capture.placement import Cut, Layout, Placement, check_known, declare
 from strapfmt_capture.ring import Ring, Slot
 from strapfmt_capture.rings import Rings
 from strapfmt_capture.rows import RowTracker
@@ -88,6 +91,10 @@ class Tap:
         Complete steps in which it did not fire, of those that have tokens and are the encoder's, or not, like it.
     attention : module and mapping, or None
         Of a site that needs it: the attention module under way, and the positions it was given.
+    gradient : Tap or None
+        The site of its gradients, if they are stored.
+    gradients : Gradients or None
+        Of a site of gradients.
     """
 
     point: HookPoint
@@ -102,6 +109,8 @@ class Tap:
     n_missed: int = 0
     last_step: int = -1
     attention: tuple[torch.nn.Module, Mapping[str, Any]] | None = None
+    gradient: Tap | None = None
+    gradients: Gradients | None = None
     staged: tuple[torch.Tensor, ...] = ()
 
     @property
@@ -159,6 +168,15 @@ class Hooks:
             )
             for point in points
         ]
+        by_site = {tap.point.site: tap for tap in self.taps}
+        for tap in self.taps:
+            if tap.point.is_gradient:
+                tap.gradients = Gradients(
+                    where=f"site {tap.point.site!r} at {tap.point.hook_point}",
+                    store=partial(self._store_gradient, tap),
+                    drop=partial(self._drop_gradient, tap),
+                )
+                by_site[tap.point.of_value.site].gradient = tap
         self._selector = None if selection is None else Selector(selection)
         self.devices: set[torch.device] = set()
         #: The passes of the model, counted.
@@ -183,6 +201,11 @@ class Hooks:
         self._handles, self._is_guarded = ExitStack(), False
         # A model that runs parts of itself in several threads fires sites in all of them.
         self._producing = threading.Lock()
+        self._backward = Backward(
+            [tap.gradients for tap in self.taps if tap.gradients is not None],
+            lock=self._producing,
+            is_recording=lambda: not (self._is_over or self.steps.is_paused),
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _NoHooks:
         # A copy of a hooked model takes its hooks along; it is another model, whose tokens and values are not stored.
@@ -222,6 +245,8 @@ class Hooks:
                 handle = module.register_forward_pre_hook(self.enter, with_kwargs=True)
                 handles.callback(handle.remove)
             for tap in self.taps:
+                if tap.point.is_gradient:
+                    continue
                 module = model.get_submodule(tap.point.module_path)
                 if tap.point.attention_path is not None:
                     around = model.get_submodule(tap.point.attention_path)
@@ -250,7 +275,11 @@ class Hooks:
         """End what is still open; from now on nothing is recorded."""
         if self.steps.has_begun:
             self._take_staged()
+        self._backward.flush()
         self._is_over = True
+        for tap in self.taps:
+            if tap.gradients is not None:
+                tap.n_missed = max(tap.gradients.counts.total() - tap.n_calls, 0)
         self.steps.finish(error)
 
     # What PyTorch calls.
@@ -355,6 +384,9 @@ class Hooks:
                 "the captured model runs while a CUDA graph is captured, whose replays run no hooks; make the graph "
                 "inside `with cap.recording() as recorded`, and replay it inside `with recorded.replay(**inputs)`"
             )
+        if cuts_graph:
+            self._check_no_gradients()
+        self._backward.flush()
         # The frame two levels up is the call's.
         self.steps.enter(original(module), args, kwargs, sys._getframe(2), cuts_graph=cuts_graph)
         self._was_compiled |= cuts_graph
@@ -369,12 +401,20 @@ class Hooks:
     @untraced
     def _begin(self, module: torch.nn.Module) -> None:
         self._was_compiled = True
+        self._check_no_gradients()
         if original(module) in self._two_streams:
             raise CompiledModelError(
                 f"{type(original(module)).__name__} holds an encoder and a decoder, whose tokens differ, and is "
                 "compiled as a whole; compile its encoder and its decoder, each by itself"
             )
         self.steps.current()
+
+    def _check_no_gradients(self) -> None:
+        if any(tap.gradient is not None for tap in self.taps):
+            raise CompiledModelError(
+                "backward=True: expected a model that is not compiled, as compiled code makes gradients without the "
+                "tensors that hooks see; capture gradients before compiling, or in a copy that is not compiled"
+            )
 
     @untraced
     def _take_staged(self) -> None:
@@ -433,15 +473,21 @@ class Hooks:
     def _fire(
         self, tap: Tap, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if is_computing() or (not self.steps.has_begun and is_repetition()):
+        if is_computing():
+            return
+        if not self.steps.has_begun and is_repetition():
+            if tap.gradient is not None and tap.gradient.gradients is not None:
+                with self._producing:
+                    self._backward.repeat(tap.gradient.gradients, tap.point.found(args, kwargs, output))
             return
         if tap.staged:
             self._take_staged()
         attention, tap.attention = tap.attention, None
         x = tap.point.read(args, kwargs, output, module, attention)
-        self._receive(tap, x.detach().clone() if self._is_recording else x)
+        found = None if tap.gradient is None else tap.point.found(args, kwargs, output)
+        self._receive(tap, x.detach().clone() if self._is_recording else x, found)
 
-    def _receive(self, tap: Tap, x: torch.Tensor) -> None:
+    def _receive(self, tap: Tap, x: torch.Tensor, found: torch.Tensor | None = None) -> None:
         if self._is_recording:
             self._recorded.append((tap, x))
             return
@@ -452,18 +498,17 @@ class Hooks:
                     f"site {tap.point.site!r} at {tap.point.hook_point} fired outside a forward pass of the captured "
                     "model; call that model itself (not its forward method, and not a part of it), or capture the part"
                 )
-            self._take(tap, x, open_step)
+            self._take(tap, x, open_step, found)
 
-    def _take(self, tap: Tap, x: torch.Tensor, open_step: OpenStep) -> None:
-        """Store `x`, what the site gave in a step, however it came here."""
+    def _take(
+        self, tap: Tap, x: torch.Tensor, open_step: OpenStep, found: torch.Tensor | None = None
+    ) -> None:
+        """Store `x`, what the site gave in a step, however it came here; `found` is the model's own tensor."""
         if tap.point.is_flat:
             x = _unflattened(x, open_step)
         chosen = _last(open_step) if tap.point.is_last else open_step.chosen
         layout = tap.layout or self._declare(tap, x, chosen, open_step)
-        if layout.heads_first:
-            x = layout.turned(x)
-        if layout.channels is not None:
-            x = layout.channels.of(x)
+        x = layout.shaped(x)
         is_whole = x.dtype is layout.dtype and x.shape == open_step.batch + layout.shape
         if is_whole and layout.ndim is None and (chosen is None or not layout.is_head):
             placed = open_step.whole
@@ -471,7 +516,11 @@ class Hooks:
             placed = layout.place(x, open_step.step, chosen)
         if self._selector is not None:
             placed = self._wanted(self._selector, tap, placed, open_step)
-        self._store(tap, layout, x, placed, open_step)
+        call, cuts = self._store(tap, layout, x, placed, open_step)
+        if found is not None and placed.n_rows and tap.gradient is not None:
+            assert tap.gradient.gradients is not None
+            awaited = Awaited(layout=layout, placed=placed, cuts=cuts, call=call, step=open_step)
+            self._backward.await_one(tap.gradient.gradients, found, awaited)
 
     def _wanted(self, selector: Selector, tap: Tap, placed: Placement, open_step: OpenStep) -> Placement:
         """Return what is to be stored of a firing, and count the rest."""
@@ -488,7 +537,9 @@ class Hooks:
 
     def _store(
         self, tap: Tap, layout: Layout, x: torch.Tensor, placed: Placement, open_step: OpenStep
-    ) -> None:
+    ) -> tuple[int, Sequence[Cut] | None]:
+        """Store rows, and return the number of the call and how its value was cut."""
+        cuts: Sequence[Cut] | None = None
         if layout.ndim is None and tap.last_step == open_step.step.step:
             raise CaptureError(
                 f"site {tap.point.site!r} at {tap.point.hook_point} fired twice in one forward pass, which would "
@@ -503,17 +554,64 @@ class Hooks:
             open_step.dropped[name] = open_step.dropped.get(name, 0) + placed.n_rows
         elif placed.n_rows:
             values = x.detach() if x.requires_grad else x
-            parts = (
-                layout.parts(values, placed, open_step.step) if layout.spec.is_ragged else [(values, placed)]
+            cuts = layout.cuts(values, placed, open_step.step) if layout.spec.is_ragged else None
+            self._copy_cut(layout, values, placed, cuts, call, open_step)
+        return call, cuts
+
+    def _copy_cut(
+        self,
+        layout: Layout,
+        x: torch.Tensor,
+        placed: Placement,
+        cuts: Sequence[Cut] | None,
+        call: int,
+        open_step: OpenStep,
+    ) -> None:
+        if cuts is None:
+            self._copy(layout, x, placed, call, open_step)
+            return
+        for cut in cuts:
+            self._copy(layout, cut.of(x), cut.placed, call, open_step)
+
+    def _store_gradient(self, tap: Tap, awaited: Awaited, gradient: torch.Tensor) -> None:
+        layout, placed = tap.layout or self._declare_gradient(tap, awaited.layout), awaited.placed
+        if not has_values(gradient) or gradient.dtype is not layout.dtype:
+            raise CaptureError(
+                f"site {tap.point.site!r} at {tap.point.hook_point}: expected a plain dense gradient of "
+                f"{layout.dtype}, as the value is, found a {type(gradient).__name__} ({gradient.layout}, "
+                f"{gradient.dtype}); leave the site out"
             )
-            for part, place in parts:
-                self._copy(layout, part, place, call, open_step)
+        x = tap.point.shaped(gradient.detach())
+        x = layout.shaped(_unflattened(x, awaited.step) if tap.point.is_flat else x)
+        tap.n_calls += 1
+        tap.expected += placed.n_rows
+        self._copy_cut(layout, x, placed, awaited.cuts, awaited.call, awaited.step)
+
+    def _drop_gradient(self, tap: Tap, awaited: Awaited) -> None:
+        """Count a gradient that is not stored, as its value was not."""
+        layout = tap.layout or self._declare_gradient(tap, awaited.layout)
+        n_rows, dropped = awaited.placed.n_rows, awaited.step.dropped
+        tap.n_calls += 1
+        tap.expected += n_rows
+        tap.dropped += n_rows
+        dropped[layout.spec.name] = dropped.get(layout.spec.name, 0) + n_rows
+
+    def _declare_gradient(self, tap: Tap, value: Layout) -> Layout:
+        point = tap.point
+        spec = replace(value.spec, name=point.site, hook_point=point.hook_point)
+        check_known(self._known.get(point.site), spec)
+        tap.layout = replace(value, spec=spec, where=point.hook_point)
+        self._rings.publish(spec)
+        return tap.layout
 
     def _count_missed(self, open_step: OpenStep) -> None:
         """Count the sites with rows of tokens that did not fire in a step that has ended."""
         step = open_step.step
         if len(step.rows):
             for tap in self.taps:
+                if tap.gradients is not None:
+                    tap.gradients.settle(step.step)
+                    continue
                 is_own = tap.layout is not None and tap.layout.ndim is not None
                 is_elsewhere = tap.in_encoder != (step.phase == "encode")
                 tap.n_missed += tap.last_step != step.step and not is_own and not is_elsewhere

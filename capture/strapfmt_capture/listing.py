@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
 import torch
@@ -102,7 +102,11 @@ def describe(model: torch.nn.Module, points: Iterable[HookPoint]) -> list[SiteIn
     """
     decoders = named_decoders(model)
     uniform = {point.hook_point: point for point in hook_points(model).values() if _is_first_output(point)}
-    return [_info(point, model.get_submodule(point.module_path), decoders, uniform) for point in points]
+    infos = []
+    for point in points:
+        info = _info(point.of_value, model.get_submodule(point.module_path), decoders, uniform)
+        infos.append(replace(info, site=point.site, hook_point=point.hook_point))
+    return infos
 
 
 def _is_first_output(point: HookPoint) -> bool:

@@ -13,7 +13,6 @@ first. A uniform site that is neither, in a pass that has tokens, is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +27,7 @@ from strapfmt_capture.eager import has_values
 from strapfmt_capture.hookpoints import HookPoint
 from strapfmt_capture.rows import Step
 
-__all__ = ["Layout", "Placement", "declare"]
+__all__ = ["Cut", "Layout", "Placement", "check_known", "declare"]
 
 _Int64 = npt.NDArray[np.int64]
 
@@ -72,6 +71,32 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """One sequence's part of a ragged site.
+
+    Attributes
+    ----------
+    placed : Placement
+        Its rows.
+    sequence : int
+    inside : int64 [n_tokens]
+        Which of its queries.
+    keys : bool [n_keys] or None
+        Which keys; None for all.
+    """
+
+    placed: Placement
+    sequence: int
+    inside: torch.Tensor
+    keys: torch.Tensor | None
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a copy `[n_tokens, heads, keys]` of `x [n_sequences, n_query, heads, n_keys]`."""
+        part = x[self.sequence].index_select(0, self.inside)
+        return part if self.keys is None else part[..., self.keys]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """How the tensors of one site are read as rows.
 
@@ -101,6 +126,12 @@ class Layout:
     where: str
     heads_first: bool = False
     channels: Channels | None = None
+
+    def shaped(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what is stored of a value, or of its gradient: `turned`, and the channels of it."""
+        if self.heads_first:
+            x = self.turned(x)
+        return x if self.channels is None else self.channels.of(x)
 
     def turned(self, x: torch.Tensor) -> torch.Tensor:
         """Return a value with its tokens in front, a view."""
@@ -135,36 +166,30 @@ class Layout:
                 return Placement(n_rows=math.prod(x.shape[:lead]), index=None)
         raise CaptureError(self._complaint(x, step))
 
-    def parts(
-        self, x: torch.Tensor, placed: Placement, step: Step
-    ) -> Iterator[tuple[torch.Tensor, Placement]]:
-        """Yield what is to be stored of a ragged site: `x` itself, or each sequence's patterns without keys of padding.
+    def cuts(self, x: torch.Tensor, placed: Placement, step: Step) -> list[Cut] | None:
+        """Return how a ragged site is cut: each sequence's patterns without keys of padding; None: stored as it is.
 
         A key is left out if no token of its sequence attends to it at all, so that nothing is lost where a model
         attends to padding in earnest.
-
-        Yields
-        ------
-        torch.Tensor, Placement
-            A view, or a copy `[n_tokens, heads, keys]` of one sequence.
         """
         rows, keys = placed.rows, None
-        if x.ndim == 4 and step.history is not None:
+        if self.spec.is_ragged and x.ndim == 4 and step.history is not None:
             keys = step.history.real_keys(x.shape[-1])
         if rows is None or keys is None:
-            yield x, placed
-            return
+            return None
         places = np.arange(placed.n_rows) if placed.index is None else placed.index
+        cuts = []
         for sequence, real in enumerate(keys):
             chosen = places // step.n_query == sequence
             if not chosen.any():
                 continue
             inside = torch.from_numpy(places[chosen] % step.n_query).to(x.device)
-            pattern = x[sequence].index_select(0, inside)
             is_real = torch.from_numpy(real).to(x.device)
-            if not pattern[..., ~is_real].any():
-                pattern = pattern[..., is_real]
-            yield pattern, Placement(n_rows=len(inside), index=None, rows=rows[chosen])
+            attends = bool(x[sequence][..., ~is_real].index_select(0, inside).any())
+            of_sequence = Placement(n_rows=len(inside), index=None, rows=rows[chosen])
+            keys_of_it = None if attends else is_real
+            cuts.append(Cut(placed=of_sequence, sequence=sequence, inside=inside, keys=keys_of_it))
+        return cuts
 
     def _tokens(
         self, x: torch.Tensor, step: Step, chosen: _Int64 | None
@@ -265,17 +290,7 @@ def declare(
         raise CaptureError(
             f"site {point.site!r} at {point.hook_point}: its first value is {list(x.shape)}: {error}"
         ) from error
-    if known is not None and known != spec:
-        names = ("dtype", "shape", "row_space", "codec", "statistics", "module_path", "hook_point")
-        differing = [
-            f"{name} {getattr(known, name)!r} (now {getattr(spec, name)!r})"
-            for name in names
-            if getattr(known, name) != getattr(spec, name)
-        ]
-        raise CaptureError(
-            f"site {point.site!r} at {point.hook_point}: expected what the dataset already holds: "
-            f"{', '.join(differing)}; write into a dataset of its own"
-        )
+    check_known(known, spec)
     return Layout(
         spec=spec,
         dtype=x.dtype,
@@ -286,6 +301,27 @@ def declare(
         heads_first=heads_first,
         channels=channels,
     )
+
+
+def check_known(known: SiteSpec | None, spec: SiteSpec) -> None:
+    """Refuse to go on at a site of the dataset in another way.
+
+    Raises
+    ------
+    CaptureError
+        Naming what differs.
+    """
+    if known is not None and known != spec:
+        names = ("dtype", "shape", "row_space", "codec", "statistics", "module_path", "hook_point")
+        differing = [
+            f"{name} {getattr(known, name)!r} (now {getattr(spec, name)!r})"
+            for name in names
+            if getattr(known, name) != getattr(spec, name)
+        ]
+        raise CaptureError(
+            f"site {spec.name!r} at {spec.hook_point}: expected what the dataset already holds: "
+            f"{', '.join(differing)}; write into a dataset of its own"
+        )
 
 
 def _is_heads_first(point: HookPoint, x: torch.Tensor, step: Step) -> bool:

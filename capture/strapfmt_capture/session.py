@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -32,7 +33,9 @@ from strapfmt_capture.compiled import check_not_compiled, original
 from strapfmt_capture.device_ring import GPU_RING_BYTES
 from strapfmt_capture.drain import Progress
 from strapfmt_capture.engine import DrainKind, Engine, Mode, Options
+from strapfmt_capture.gradients import with_gradients, without_gradient
 from strapfmt_capture.groups import Group, find_group, first_does, own_rank
+from strapfmt_capture.hookpoints import GRADIENT_SUFFIX
 from strapfmt_capture.hooks import OnFull, Tap
 from strapfmt_capture.live import CaptureStats
 from strapfmt_capture.parallel import whole_points
@@ -56,6 +59,7 @@ def capture(
     sites: str | Iterable[str],
     tokenizer: Any = None,
     attn_pattern: PatternSource = "model",
+    backward: bool = False,
     top_k_logits: int | None = None,
     codec: str = "none",
     on_full: OnFull = "block",
@@ -100,14 +104,19 @@ def capture(
     path : path
         The dataset, a directory whose name ends in `.strap`.
     sites : str or iterable of str
-        Site names and module paths, with wildcards; `strapfmt.sites(model)` lists them. One that ends in a wildcard alone
-        (`blocks.0.*`) leaves out `expert_out` and recomputed patterns, for which a part of the model runs once more.
+        Site names and module paths, with wildcards; `strapfmt.sites(model)` lists them. One that ends in a wildcard
+        alone (`blocks.0.*`) leaves out `expert_out` and recomputed patterns, for which parts of the model run twice.
     tokenizer : object, optional
         Turns token ids into text for the `tokens` and `sequences` tables; what it cannot decode is stored as null.
     attn_pattern : {"model", "recompute"}
         Where attention patterns come from: "model" takes those that the model computes, which eager attention alone
         does; "recompute" computes them from queries, keys and masks where the model does not (sdpa, flash attention),
         which takes the time and memory of eager attention at the blocks asked for and gives its values up to rounding.
+    backward : bool
+        Also store the gradient of a loss with respect to the values of each site, as `<site>.grad`, in the same rows,
+        when `backward()` comes to them inside the `with` block, once for each pass. Gradients that come out of the
+        order of the passes are kept in memory until their turn. What is computed beside the model (rotated queries and
+        keys, recomputed patterns, `expert_out`, `ssm_state`, the largest logits) has none.
     top_k_logits : int, optional
         Of `logits`, store the largest of each token only, found where the model runs: `logits.top_values` (`[k]`, as
         the model gives them) and `logits.top_ids` (`[k]`, int64). None: `logits` whole.
@@ -192,7 +201,7 @@ def capture(
     CaptureError
         In the other processes of a tensor-parallel group, if the one that writes could not begin.
     ArgumentError
-        If another argument is wrong, or a site comes after `stop_at_layer`.
+        If another argument is wrong, a site comes after `stop_at_layer`, or no site has a gradient for `backward`.
     """
     if mode not in ("create", "overwrite", "append"):
         raise ArgumentError(f"mode: expected 'create', 'overwrite' or 'append', got {mode!r}")
@@ -213,6 +222,7 @@ def capture(
         commit_interval_s=commit_interval_s,
         min_free_bytes=min_free_bytes,
         top_k_logits=top_k_logits,
+        backward=as_flag("backward", backward),
         stop_at_layer=stop_at_layer,
         selection=Selection.of(
             phases=phases, every=every, positions=positions, max_rows=max_rows, where=where
@@ -283,6 +293,8 @@ class Capture:
         self._remarks = remarks(model, patterns, recompute_patterns=recompute)
         self._channels = channels_of(channels, self._points)
         stop = options.stop_at_layer
+        if options.backward:
+            self._add_gradients()
         self._stop = None if stop is None else Stop(model, self._points, stop)
         if group is not None:
             group.check_alike([point.site for point in points])
@@ -324,6 +336,28 @@ class Capture:
         problem = problem or self._never_fired()
         if problem is not None:
             raise problem
+
+    def _add_gradients(self) -> None:
+        if self._options.stop_at_layer is not None:
+            raise ArgumentError(
+                "backward=True: expected passes that end in a loss, but stop_at_layer ends them before; leave one out"
+            )
+        if self._group is not None:
+            raise ArgumentError(
+                "backward=True: expected a model that one process has whole, but this one is split over several "
+                "(tp_group), and so are its gradients; capture it without them, or in one process"
+            )
+        if left_out := without_gradient(self._points):
+            more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+            self._remarks.append(
+                f"{left_out[0]!r}{more}: no gradients, as these values are computed beside the model"
+            )
+        self._points = with_gradients(self._points)
+        self._channels |= {
+            site + GRADIENT_SUFFIX: channels
+            for site, channels in self._channels.items()
+            if site not in left_out
+        }
 
     @property
     def report(self) -> CaptureReport:
@@ -511,9 +545,10 @@ class Capture:
 
     def _never_fired(self) -> SiteNeverFiredError | None:
         assert self._engine is not None
-        silent = [tap.point.site for tap in self._engine.hooks.taps if not tap.n_calls]
+        taps = self._engine.hooks.taps
+        silent = [tap.point.site for tap in taps if not tap.n_calls and tap.gradients is None]
         if not silent:
-            return None
+            return self._no_gradients(taps)
         n_steps, n_paused = self._engine.hooks.steps.n_steps, self._engine.hooks.steps.n_paused_passes
         if n_steps == 0 and n_paused:
             why = f"all {n_paused} forward passes ran while the capture was paused"
@@ -525,6 +560,26 @@ class Capture:
         else:
             why = f"the modules were not called in {n_steps} forward passes"
         return SiteNeverFiredError(silent, f"{why}; the dataset is closed: {self.report.summary()}")
+
+    def _no_gradients(self, taps: Sequence[Tap]) -> SiteNeverFiredError | None:
+        """Say of which sites values came, but no gradient."""
+        silent = {
+            tap.point.site: tap.gradients.counts
+            for tap in taps
+            if tap.gradients is not None and tap.gradients.counts and not tap.n_calls
+        }
+        if not silent:
+            return None
+        counts = sum(silent.values(), Counter[str]())
+        reasons = {
+            "off": "were made with gradients off (torch.no_grad, generate())",
+            "constant": "require no gradient (of a frozen model, give it inputs_embeds that do)",
+            "awaited": "waited for a backward() inside the with block, of a loss that depends on them",
+        }
+        why = ", ".join(f"{counts[kind]} {reason}" for kind, reason in reasons.items() if counts[kind])
+        return SiteNeverFiredError(
+            list(silent), f"of {counts.total()} values {why}; the dataset is closed: {self.report.summary()}"
+        )
 
 
 def _kind(group: Group | None) -> type[Capture]:
@@ -565,6 +620,13 @@ def _notes(engine: Engine) -> list[str]:
             "the ring in host memory could not be locked for the GPU, so copies to it are slower; allow more locked "
             "memory (ulimit -l) or lower host_ring_bytes"
         )
+    whole = [
+        tap.point.of_value.site
+        for tap in engine.hooks.taps
+        if tap.gradients and tap.gradients.is_whole_numbers
+    ]
+    if whole:
+        notes.append(f"no gradients of whole numbers: {', '.join(whole)}")
     points = [
         tap.point for tap in engine.hooks.taps if tap.layout is not None and tap.layout.ndim is not None
     ]
