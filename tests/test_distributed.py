@@ -619,13 +619,14 @@ def refuse(directory: Path) -> list[str]:
         told(Exception, lambda: captured(model, "blocks.1.resid_post", "file/a")),
         told(CaptureError, split_late),
         told(ArgumentError, lambda: captured(plain, "total", "mesh", tp_group="tp")),
+        told(ArgumentError, lambda: captured(model, "blocks.0.resid_post", "gradients", backward=True)),
     ]
 
 
 def test_what_cannot_be_captured_is_refused_in_every_process(tmp_path: Path) -> None:
     one, other = run(refuse, tmp_path)
     for texts in (one, other):
-        part, half, sites, there, below, late, mesh = texts
+        part, half, sites, there, below, late, mesh, gradients = texts
         assert "'model.layers.0.mlp.act_fn'" in part
         assert "ranks 0, 1" in part
         assert "'part'" in half
@@ -635,6 +636,7 @@ def test_what_cannot_be_captured_is_refused_in_every_process(tmp_path: Path) -> 
         assert "is a file" in below
         assert "was whole when its capture began" in late
         assert "expected a DeviceMesh or a ProcessGroup, got a str" in mesh
+        assert "backward=True" in gradients
     assert other[3].startswith("CaptureError: rank 0, which writes for this process, failed:")
     with strapfmt.open(tmp_path / "plain.strap") as dataset:
         assert dataset["total"][:].tolist() == [[3.0] * 3] * 2

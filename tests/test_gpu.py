@@ -111,6 +111,33 @@ def test_experts_on_a_gpu_have_the_bits_that_their_sum_is_made_of(
     assert torch.equal(total, sums[0][inputs["attention_mask"].bool().flatten()])
 
 
+@pytest.mark.parametrize("n_passes", [1, 3])
+def test_gradients_on_a_gpu_are_those_of_autograd(tmp_path: Path, n_passes: int) -> None:
+    model, inputs = tiny_model("llama", dtype=torch.bfloat16).cuda(), padded()
+    real = inputs["attention_mask"].bool()
+    sites = ["blocks.0.resid_post", "blocks.1.q", "blocks.1.mlp_inner"]
+    kept: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, args: object, output: torch.Tensor) -> None:
+        output.retain_grad()
+        kept.append(output)
+
+    block = model.model.layers[0].register_forward_hook(keep)
+    with strapfmt.capture(model, tmp_path / "x.strap", sites=sites, backward=True, quiet=True):
+        for scale in (1.0, 2.0):
+            losses = [
+                model(**inputs).logits[real].float().logsumexp(-1).sum() * scale for _ in range(n_passes)
+            ]
+            sum(losses, torch.zeros((), device="cuda")).backward()
+    block.remove()
+    reader = Reader(tmp_path / "x.strap")
+    expected = torch.cat([x.grad[real] for x in kept if x.grad is not None]).cpu()
+    assert torch.equal(reader["blocks.0.resid_post.grad"].tensor(), expected)
+    for site in sites:
+        assert reader[f"{site}.grad"].rows.tolist() == reader[site].rows.tolist()
+        assert reader[f"{site}.grad"].n_rows == 2 * n_passes * int(real.sum())
+
+
 def test_states_and_the_largest_logits_on_a_gpu(tmp_path: Path) -> None:
     model, inputs = tiny_model("mamba").cuda(), padded()
     sites = ["blocks.*.ssm_state", "logits"]

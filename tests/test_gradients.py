@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 import strapfmt
 from strapfmt.errors import ArgumentError, CaptureError, SiteNeverFiredError
 from strapfmt.reader import Reader
+from strapfmt_capture.rings import _HostStreams
 from strapfmt_capture.sites import resolve
 
 RESID = "blocks.*.resid_post"
@@ -631,3 +632,37 @@ def test_a_pass_that_fails_awaits_nothing(tmp_path: Path) -> None:
         loss_of(model).backward()
     assert {site.name: site.n_missed for site in cap.report.sites if site.n_missed} == {}
     assert Reader(tmp_path / "x.strap")["blocks.0.resid_post.grad"].rows.tolist() == list(range(12, 24))
+
+
+@pytest.mark.parametrize("ring_bytes", [1 << 12, 1 << 20])
+def test_gradients_go_through_a_small_ring_and_a_drain_of_its_own(ring_bytes: int, tmp_path: Path) -> None:
+    """Gradients of a pass are larger than the ring, and are stored after its step has ended."""
+    model = tiny_model("llama")
+    kinds: list[Any] = ["process", "thread"]
+    for kind in kinds:
+        options: dict[str, Any] = {"host_ring_bytes": ring_bytes, "drain": kind, "commit_interval_s": 0}
+        with strapfmt.capture(
+            model, tmp_path / f"{kind}.strap", sites="blocks.*.*", backward=True, quiet=True, **options
+        ):
+            for i in range(3):
+                loss_of(model, IDS.roll(i, 1)).backward()
+    one, other = (Reader(tmp_path / f"{kind}.strap") for kind in kinds)
+    assert list(one.sites) == list(other.sites)
+    for site in one.sites:
+        assert_same_bits(one[site].tensor(), other[site].tensor())
+        assert one[site].rows.tolist() == list(range(36))
+
+
+def test_a_device_that_works_beside_the_host_gives_its_gradients(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Streams that look like a GPU's: gradients behind the last step are moved when the capture ends."""
+    model = tiny_model("llama")
+    with watched(resid_places(model)) as seen:
+        loss_of(model).backward()
+    monkeypatch.setattr("strapfmt_capture.rings.streams_of", lambda device: _HostStreams())
+    with strapfmt.capture(model, tmp_path / "x.strap", sites=RESID, backward=True, quiet=True) as cap:
+        loss_of(model).backward()
+    assert cap._engine is not None
+    assert cap._engine.rings.devices
+    assert_stored(tmp_path / "x.strap", gradients(seen))

@@ -450,7 +450,7 @@ class Capture:
         self._running("mark()").steering.mark(name, attributes)
 
     def pause(self) -> None:
-        """Record no forward passes until `resume`; they run as without capture, and the report counts them.
+        """Record no forward passes until `resume`, nor gradients; passes run as without capture, and are counted.
 
         Sequences whose cache grows meanwhile go on afterwards at the right positions; `parent_row` of their next row
         is null.
