@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 import strapfmt
-from strapfmt.errors import ArgumentError, CaptureError, SiteNeverFiredError
+from strapfmt.errors import ArgumentError, CaptureError, CompiledModelError, SiteNeverFiredError
 from strapfmt.reader import Reader
 from strapfmt_capture.rings import _HostStreams
 from strapfmt_capture.sites import resolve
@@ -666,3 +666,19 @@ def test_a_device_that_works_beside_the_host_gives_its_gradients(
     assert cap._engine is not None
     assert cap._engine.rings.devices
     assert_stored(tmp_path / "x.strap", gradients(seen))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("part", ["model", "layer", "around"])
+def test_compiled_models_have_no_gradients_to_store_and_say_so(tmp_path: Path, part: str) -> None:
+    model: Any = tiny_model("llama")
+    if part == "model":
+        model.compile(backend="eager")
+    elif part == "layer":
+        model.model.layers[0].compile(backend="eager")
+    run: Any = torch.compile(lambda ids: model(ids).logits, backend="eager") if part == "around" else model
+    cap = strapfmt.capture(
+        model, tmp_path / "x.strap", sites="blocks.*.resid_post", backward=True, quiet=True
+    )
+    with pytest.raises(CompiledModelError, match="backward=True: expected a model that is not compiled"), cap:
+        run(IDS)
