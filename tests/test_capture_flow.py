@@ -21,7 +21,9 @@ import strapfmt
 from strapfmt.commit import Disk
 from strapfmt.errors import CaptureError, DrainError, RingFullError, WriteError
 from strapfmt.reader import Reader
+from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
+from strapfmt_capture.items import StepEnd
 from strapfmt_capture.session import Capture
 
 WIDTH = 256
@@ -426,6 +428,38 @@ def test_interrupts_that_are_caught_leave_a_capture_that_works(
     assert reader["two"].tensor()[-5:, 0].tolist() == [5001.0, 5002.0, 5003.0, 5004.0, 5005.0]
     abandoned = [step for step in reader.steps.to_arrow().to_pylist() if step["status"] == "abandoned"]
     assert 0 < len(abandoned) == cap.report.n_abandoned_steps
+
+
+@pytest.mark.parametrize("drain", ["thread", "process"])
+def test_an_interrupt_beside_an_item_neither_loses_nor_doubles_it(
+    drain: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, cap = capture(tmp_path, drain=drain)
+    with cap:
+        publish = cap._engine.rings.publish
+
+        def strike(kind: type, *, comes_before: bool) -> None:
+            def interrupted(item: Any) -> None:
+                if not (isinstance(item, kind) and comes_before):
+                    publish(item)
+                if isinstance(item, kind):
+                    monkeypatch.undo()
+                    raise KeyboardInterrupt
+
+            monkeypatch.setattr(cap._engine.rings, "publish", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                model(ids(3))
+
+        strike(SiteSpec, comes_before=True)
+        strike(SiteSpec, comes_before=False)
+        model(ids(1, 20))
+        strike(StepEnd, comes_before=False)
+        model(ids(2, 10))
+    reader = Reader(tmp_path / "x.strap")
+    statuses = [step["status"] for step in reader.steps.to_arrow().to_pylist()]
+    assert statuses == ["abandoned", "abandoned", "complete", "complete", "complete"]
+    assert reader["two"].n_rows == 6
+    assert_consistent(reader)
 
 
 def test_an_interrupt_while_the_end_waits_for_the_disk_passes(

@@ -128,6 +128,7 @@ class Drain:
         #: By site: the last call that hooks counted, and its number in the dataset.
         self._calls: dict[str, tuple[int, int]] = {}
         self._open: Step | None = None
+        self._last_ended = -1
         self._n_abandoned = self._pass_bytes = self._released = 0
         self._told_s = 0.0
         self._finish: Finish | None = None
@@ -263,6 +264,9 @@ class Drain:
         rows: list[dict[str, Any]] = []
         for end in ends:
             step = end.step
+            if step.step <= self._last_ended:  # an interrupt right behind the end of a step makes another
+                continue
+            self._last_ended = step.step
             if len(step.rows):
                 self._next_row = int(step.rows[-1]) + 1
             for name, n_rows in end.dropped.items():

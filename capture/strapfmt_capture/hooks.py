@@ -632,9 +632,9 @@ class Hooks:
         )
         if self._selector is not None and layout.ndim is not None:
             self._selector.selection.check_own(tap.point.site, tap.point.hook_point)
+        self._rings.publish(layout.spec)  # first: an interrupt between the two only makes it known twice
         tap.layout = layout
         self.devices.add(x.device)
-        self._rings.publish(layout.spec)
         return layout
 
     def _copy(
