@@ -94,6 +94,13 @@ class HookPoint:
     is_gradient: bool = False
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the value is the output of the module as it is."""
+        made = (self.compute, self.split, self.rotary, self.attention_path, self.whole)
+        is_turned = self.heads_first or self.is_flat or self.is_last or self.is_gradient
+        return self.where == "out" and not is_turned and all(part is None for part in made)
+
+    @property
     def is_pattern(self) -> bool:
         """Whether the site is an attention pattern, whose last dimension varies."""
         return self.of_value.site.endswith(".attn_pattern") and self.is_uniform

@@ -62,6 +62,8 @@ __all__ = ["Hooks", "OnFull", "Tap"]
 
 # A tensor is copied in pieces of this share of the ring, so that a long prefill needs no more memory than the ring.
 _PIECE_SHARE = 8
+# Up to here a copy costs less than making a slot for it.
+_SMALL_BYTES = 64 << 10
 _NO_KWARGS: dict[str, Any] = {}
 _NOTHING = Placement(n_rows=0, index=None)
 
@@ -112,12 +114,44 @@ class Tap:
     gradient: Tap | None = None
     gradients: Gradients | None = None
     staged: tuple[torch.Tensor, ...] = ()
+    is_plain: bool = False
+    fit: _Fit | None = None
 
     @property
     def cuts_graph(self) -> bool:
         """Whether what is computed for it is no code for a compiler."""
         point = self.point
         return point.compute is expert_out or point.rotary is not None or point.where == "attention"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fit:
+    """What a tensor has to be like that is all rows of a batch at a site, and whether it is small."""
+
+    batch: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    n_bytes: int
+    spec: SiteSpec
+    is_small: bool
+
+    @classmethod
+    def of(cls, tap: Tap, batch: tuple[int, ...]) -> _Fit | None:
+        """Return it, None as long as the site is not declared."""
+        layout = tap.layout
+        if layout is None:
+            return None
+        is_whole = layout.ndim is None and not layout.heads_first and not layout.spec.is_ragged
+        shape = batch + layout.shape
+        n_bytes = math.prod(shape) * layout.dtype.itemsize
+        return cls(
+            batch=batch,
+            shape=shape,
+            dtype=layout.dtype,
+            n_bytes=n_bytes,
+            spec=layout.spec,
+            is_small=is_whole and 0 < n_bytes <= _SMALL_BYTES,
+        )
 
 
 class Hooks:
@@ -177,6 +211,8 @@ class Hooks:
                     drop=partial(self._drop_gradient, tap),
                 )
                 by_site[tap.point.of_value.site].gradient = tap
+        for tap in self.taps:
+            tap.is_plain = tap.point.is_plain and not tap.is_head and not tap.channels and not tap.gradient
         self._selector = None if selection is None else Selector(selection)
         self.devices: set[torch.device] = set()
         #: The passes of the model, counted.
@@ -325,7 +361,8 @@ class Hooks:
     @inlined
     def on_output(self, tap: Tap, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Run after a module whose output is a site."""
-        self._reach(tap, module, args, _NO_KWARGS, output)
+        if torch.compiler.is_compiling() or not self._gathers(tap, output):
+            self._reach(tap, module, args, _NO_KWARGS, output)
 
     @inlined
     def on_call(
@@ -468,6 +505,38 @@ class Hooks:
             tap.staged = (*tap.staged, tap.point.read(args, kwargs, output, module).detach().clone())
         else:
             self._fire(tap, module, args, kwargs, output)
+
+    @untraced
+    def _gathers(self, tap: Tap, x: Any) -> bool:
+        """Take the short way with a small tensor that is all rows of the step, as most are in decoding."""
+        open_step = self.steps.under_way
+        if open_step is None or not (tap.is_plain and open_step.takes_all) or type(x) is not torch.Tensor:
+            return False
+        fit = tap.fit
+        if fit is None or fit.batch != open_step.batch:
+            fit = tap.fit = _Fit.of(tap, open_step.batch)
+        if fit is None or not (
+            fit.is_small
+            and x.shape == fit.shape
+            and x.dtype is fit.dtype
+            and x.is_cpu
+            and x.is_contiguous()
+            and not x.is_neg()
+            and tap.last_step != open_step.step.step
+            and not self._is_over
+            and not self._is_recording
+            and not is_computing()
+        ):
+            return False
+        with self._producing:
+            rows = open_step.step.rows
+            if not self._rings.has_room(fit.n_bytes, rows):
+                return False
+            call, tap.last_step = tap.n_calls, open_step.step.step
+            tap.n_calls += 1
+            tap.expected += len(rows)
+            self._rings.add_small(fit.spec, x, fit.n_bytes, call)
+        return True
 
     @untraced
     def _fire(

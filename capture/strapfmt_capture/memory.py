@@ -6,6 +6,7 @@ import ctypes
 import math
 import mmap
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -47,6 +48,7 @@ class Memory:
         with torch.inference_mode(False):
             if fd is None:
                 block = torch.empty(self.n_bytes + ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
+                _ask_for_huge_pages(block)
             else:
                 block = torch.frombuffer(_mapped(fd, self.n_bytes), dtype=torch.uint8)
             start = -block.data_ptr() % ALIGNMENT_BYTES
@@ -95,6 +97,10 @@ class Memory:
         flat = self.bytes[first : first + math.prod(shape) * dtype.itemsize]
         return flat.view(dtype).reshape(shape)
 
+    def address_of(self, start: int) -> int:
+        """Return the address of position `start`, in host memory."""
+        return self._address + start % self.n_bytes
+
     def copy_in(self, start: int, x: torch.Tensor) -> None:
         """Copy `x` to position `start`, contiguous."""
         if x.nbytes <= _SMALL_BYTES and x.is_cpu and x.is_contiguous() and not x.is_neg():
@@ -111,6 +117,27 @@ class Memory:
 def aligned(n_bytes: int) -> int:
     """Return `n_bytes` rounded up to a multiple of 64."""
     return -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _ask_for_huge_pages(block: torch.Tensor) -> None:
+    """Have the system give memory 2 MiB at a time: touching new pages costs more than copying to them. Only a hint."""
+    if block.is_cpu and _madvise is not None:
+        start = -(-block.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = (block.data_ptr() + block.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if stop > start:
+            _madvise(start, stop - start, mmap.MADV_HUGEPAGE)
+
+
+def _find_madvise() -> Callable[..., int] | None:
+    try:
+        function = ctypes.CDLL(None, use_errno=True).madvise
+    except (AttributeError, OSError):
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function if hasattr(mmap, "MADV_HUGEPAGE") else None
+
+
+_madvise = _find_madvise()
 
 
 def _mapped(fd: int, n_bytes: int) -> mmap.mmap:

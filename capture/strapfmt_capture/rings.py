@@ -14,12 +14,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from strapfmt.errors import DrainError
+from strapfmt.schema import SiteSpec
 from strapfmt_capture.device_ring import GPU_RING_BYTES, CudaStreams, DeviceRing, Entry, Streams
 from strapfmt_capture.items import Annotation, Boundary, Events, Item, StepEnd
 from strapfmt_capture.ring import Ring, Signal, Slot
+from strapfmt_capture.small_values import Gatherer
 from strapfmt_capture.spill import Spill
 from strapfmt_capture.turn import Values
 
@@ -80,6 +84,7 @@ class Rings:
         self._numbers = itertools.count()
         self._n_numbered = 0
         self._work = Signal()
+        self._small = Gatherer()
         self._mover: threading.Thread | None = None
         self._is_closed = False
         self._failure: BaseException | None = None
@@ -89,6 +94,7 @@ class Rings:
 
     def publish(self, item: Item) -> None:
         """Hand over what holds no values."""
+        self._small.flush()
         first = next(iter(self.devices.values()), None)
         if first is None:
             self._sink.publish(item)
@@ -106,10 +112,19 @@ class Rings:
 
     def of(self, device: torch.device) -> Ring[Any]:
         """Return the ring for values on `device`, on that device if it works beside the host."""
+        self._small.flush()
         ring = self._by_device.get(device)
         if ring is self.host:
             return self._sink
         return self._opened(device) if ring is None else ring
+
+    def has_room(self, n_bytes: int, rows: npt.NDArray[np.int64]) -> bool:
+        """Whether a small value in host memory, one of these rows, can be given to `add_small` now."""
+        return not self.devices and self._small.has_room(self._sink, n_bytes, rows)
+
+    def add_small(self, spec: SiteSpec, x: torch.Tensor, n_bytes: int, call: int) -> None:
+        """Copy a contiguous tensor in host memory, for which `has_room` has made room."""
+        self._small.add(spec, x, n_bytes, call)
 
     def divert(self, is_full: bool) -> bool:
         """Let what comes next be spilled, if the host's ring is full, or go there again; return which.

@@ -49,7 +49,7 @@ class OpenStep:
     """A step that has begun; `whole` are the rows of a tensor that begins with the sizes of the `batch`.
 
     `chosen` are the positions at which the head computes, None if it computes all. `stored` are those of `whole` that
-    are wanted, None if nothing of the step is.
+    are wanted, None if nothing of the step is. `takes_all`: all rows of a whole tensor are stored.
     """
 
     step: Step
@@ -58,6 +58,7 @@ class OpenStep:
     chosen: npt.NDArray[np.int64] | None
     stored: Placement | None
     is_dropped: bool = False
+    takes_all: bool = False
     dropped: dict[str, int] = field(default_factory=dict)
     index: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
@@ -128,6 +129,11 @@ class Steps:
         #: Whether the open step began where a graph was cut for it, and so ends in the same way.
         self.ends_in_graph = False
         self._thread = 0
+
+    @property
+    def under_way(self) -> OpenStep | None:
+        """The step that is open, if one is."""
+        return None if self._call is None else self._call.open
 
     @property
     def has_begun(self) -> bool:
@@ -378,6 +384,9 @@ class Steps:
             self.n_dropped_steps += 1
             if stored.rows is not None and len(step.rows):
                 step.tokens["dropped"] = np.isin(step.rows, stored.rows)
+        whole = open_step.whole
+        is_all = stored is whole and whole.index is None and whole.n_rows > 0
+        open_step.takes_all = is_all and not open_step.is_dropped
         self.n_steps += 1
         self.n_tokens += len(step.rows)
         self._rings.publish(StepStart(step=step))
