@@ -429,7 +429,7 @@ def test_info_cuts_no_line_in_a_pipe_and_wraps_at_words_on_a_terminal(run: Run, 
 def test_help_names_arguments_and_values_as_the_documentation_does(run: Run, command: str) -> None:
     shown = run(command, "--help").out
     assert not re.search(r"[{}]|<\w|\[\[|range", shown.replace("{'prompt': ...}", ""))
-    assert re.search(r"DATASET|OUT|PATH", shown)
+    assert re.search(r"DATASET|DIRECTORY|OUT|PATH", shown)
 
 
 # Checking.

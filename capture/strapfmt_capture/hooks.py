@@ -814,4 +814,4 @@ class _NoHooks:
     def enter(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing."""
 
-    leave = on_input = on_output = on_call = on_attention = _reach = enter
+    leave = on_input = _gathers = on_output = on_call = on_attention = _reach = enter
