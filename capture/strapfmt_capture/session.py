@@ -558,7 +558,10 @@ class Capture:
                 "directly runs no hooks)"
             )
         else:
-            why = f"the modules were not called in {n_steps} forward passes"
+            n_abandoned = self._engine.hooks.steps.n_abandoned_steps
+            why = f"the modules were not called in {n_steps - n_abandoned} complete forward passes"
+            if n_abandoned:
+                why += f", and {n_abandoned} more ended in an error before or at these sites"
         return SiteNeverFiredError(silent, f"{why}; the dataset is closed: {self.report.summary()}")
 
     def _no_gradients(self, taps: Sequence[Tap]) -> SiteNeverFiredError | None:

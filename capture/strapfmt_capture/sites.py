@@ -127,10 +127,13 @@ def remarks(
     asked = {site for pattern, site in matches if not _is_passed_over(pattern, uniform[site])}
     decoders = list(find_decoders(model))
     said = []
-    if kinds := sorted({site.rpartition(".")[2] for _, site in matches if site not in asked}):
+    left_out = [site for _, site in matches if site not in asked]
+    if kinds := sorted({site.rpartition(".")[2] for site in left_out}):
+        first = next(site for site in left_out if site.endswith(f".{kinds[0]}"))
+        stack = first.partition("blocks.")[0]
         said.append(
             f"{', '.join(kinds)} left out, which cost{'s' if len(kinds) == 1 else ''} a part of the model once more: "
-            f'ask for "blocks.*.{kinds[0]}" as well'
+            f'ask for "{stack}blocks.*.{kinds[0]}" as well'
         )
     if asked and decoders and not decoders[0].is_eager and any(uniform[site].is_pattern for site in asked):
         if recompute_patterns:
