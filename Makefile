@@ -1,7 +1,7 @@
 # The newcomer's two doors. Each does everything on a machine with only Python 3.11+ and make:
 #
 #     make demo    capture a small language model, ask SQL questions, train a sparse autoencoder
-#     make test    ruff, mypy and pytest
+#     make test    ruff, mypy and pytest, on all cores
 #
 # Both install into .venv once, and again when pyproject.toml or constraints.txt change. Settings:
 #
@@ -34,7 +34,7 @@ test: $(STAMP) js
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -c '$(IS_USABLE)' 2>/dev/null || { \
