@@ -559,7 +559,7 @@ class Capture:
             )
         else:
             n_abandoned = self._engine.hooks.steps.n_abandoned_steps
-            why = f"the modules were not called in {n_steps - n_abandoned} complete forward passes"
+            why = f"the modules were not called in {n_steps - n_abandoned} forward passes"
             if n_abandoned:
                 why += f", and {n_abandoned} more ended in an error before or at these sites"
         return SiteNeverFiredError(silent, f"{why}; the dataset is closed: {self.report.summary()}")
