@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from strapfmt_capture.machine import filesystem
+
 __all__ = [
     "DISK_REPEATS",
     "Case",
@@ -288,18 +290,6 @@ def _cpu_model() -> str:
         facts.setdefault(name.strip(), value.strip())
     family = f"family {facts.get('cpu family', '?')} model {facts.get('model', '?')}"
     return f"{facts.get('model name', platform.processor())} ({family})"
-
-
-def filesystem(directory: Path) -> str:
-    """Return the type of the file system that holds `directory`."""
-    best, kind = "", "?"
-    target = str(directory.resolve())
-    for line in Path("/proc/mounts").read_text().splitlines():
-        _, point, what, *_ = line.split()
-        inside = target == point or target.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):
-            best, kind = point, what
-    return kind
 
 
 def _captured(row: Mapping[str, Any]) -> str:

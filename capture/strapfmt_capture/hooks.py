@@ -522,15 +522,15 @@ class Hooks:
             and x.is_cpu
             and x.is_contiguous()
             and not x.is_neg()
-            and tap.last_step != open_step.step.step
             and not self._is_over
             and not self._is_recording
             and not is_computing()
         ):
             return False
         with self._producing:
-            rows = open_step.step.rows
-            if not self._rings.has_room(fit.n_bytes, rows):
+            # A second value of a step, from whichever thread, is refused on the long way.
+            rows, is_second = open_step.step.rows, tap.last_step == open_step.step.step
+            if is_second or not self._rings.has_room(fit.n_bytes, rows):
                 return False
             call, tap.last_step = tap.n_calls, open_step.step.step
             tap.n_calls += 1

@@ -25,7 +25,7 @@ from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
 from strapfmt_capture.statistics import RowStatistics
 
-__all__ = ["Gpu", "Limits", "Machine", "Rates", "examine"]
+__all__ = ["Gpu", "Limits", "Machine", "Rates", "examine", "filesystem"]
 
 _WIDTH = 2_048
 _CHUNK_ROWS = 1_024
@@ -150,7 +150,7 @@ def _limits(directory: Path) -> Limits:
         load=os.getloadavg()[0],
         memory_bytes=pages * page_bytes,
         free_bytes=shutil.disk_usage(directory).free,
-        filesystem=_filesystem(directory),
+        filesystem=filesystem(directory),
         open_files=_hard(resource.RLIMIT_NOFILE),
         locked_bytes=_hard(resource.RLIMIT_MEMLOCK),
         may_idle=_may_idle(),
@@ -174,8 +174,8 @@ def _may_idle() -> bool:
     return True
 
 
-def _filesystem(directory: Path) -> str:
-    """The type of the file system that holds `directory`."""
+def filesystem(directory: Path) -> str:
+    """Return the type of the file system that holds `directory`."""
     best, kind = "", "unknown"
     target = f"{directory.resolve()}/"
     for line in Path("/proc/self/mounts").read_text(errors="replace").splitlines():

@@ -138,7 +138,7 @@ class Steps:
     @property
     def has_begun(self) -> bool:
         """Whether a step is open, so that rows are known."""
-        return self._call is not None and self._call.open is not None
+        return self.under_way is not None
 
     def enter(
         self,
