@@ -503,3 +503,35 @@ def test_statistics_belong_to_their_rows_however_they_were_grouped(tmp_path: Pat
         np.testing.assert_allclose(columns["mean"].to_numpy(), values.mean(1), rtol=1e-6)
         np.testing.assert_array_equal(columns["abs_max"].to_numpy(), values.max(1))
         assert not columns["std"].to_numpy().any()
+
+
+@pytest.mark.parametrize("is_first_complete", [False, True])
+def test_an_interrupt_right_behind_the_end_of_a_step_does_not_end_it_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_first_complete: bool
+) -> None:
+    model, cap = capture(tmp_path)
+
+    def fail() -> None:
+        raise ValueError("in the middle")
+
+    with cap:
+        assert cap._engine is not None
+        rings = cap._engine.rings
+        publish = rings.publish
+
+        def publish_and_strike(item: Any) -> None:
+            publish(item)
+            if isinstance(item, StepEnd):
+                monkeypatch.setattr(rings, "publish", publish)
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(rings, "publish", publish_and_strike)
+        if not is_first_complete:
+            model.middle = fail
+        with pytest.raises(KeyboardInterrupt):
+            model(ids(3))
+        model.middle = lambda: None
+        model(ids(2, 10))
+    statuses = [step["status"] for step in Reader(tmp_path / "x.strap").steps.to_arrow().to_pylist()]
+    assert statuses == ["complete" if is_first_complete else "abandoned", "complete"]
+    assert cap.report.n_abandoned_steps == statuses.count("abandoned")

@@ -81,6 +81,8 @@ class _Call:
     started_s: float
     output: Any = None
     open: OpenStep | None = None
+    #: What has been said of its end: an interrupt right behind that lets it be said again, and not another thing.
+    end: StepEnd | None = None
 
 
 class Steps:
@@ -401,10 +403,8 @@ class Steps:
 
     def _end(self, call: _Call, status: str, reason: str | None) -> None:
         if call.open is not None:  # else it was cut off before anything happened
-            self.n_abandoned_steps += status == "abandoned"
-            self._tracker.end(status, reason)
-            self._rings.publish(
-                StepEnd(
+            if call.end is None:
+                call.end = StepEnd(
                     step=call.open.step,
                     started_ns=call.started_ns,
                     duration_s=time.perf_counter() - call.started_s,
@@ -413,7 +413,9 @@ class Steps:
                     dropped=call.open.dropped,
                     is_whole=not self._tracker.keys.is_in_block,
                 )
-            )
+                self.n_abandoned_steps += status == "abandoned"
+            self._tracker.end(call.end.status, call.end.reason)
+            self._rings.publish(call.end)
         self._call = None
 
 
