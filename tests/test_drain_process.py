@@ -233,7 +233,7 @@ with cap:
     for k in range(5):
         model(ids(10, 10 * k))
     def die():
-        time.sleep(1.0)  # longer than the drain waits for more
+        time.sleep(2.5)  # longer than the drain waits for more
         os.fork() or time.sleep(60)  # a process that was forked, and outlives it
         os.kill(os.getpid(), signal.SIGKILL)
     model.middle = die

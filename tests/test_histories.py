@@ -22,7 +22,8 @@ import strapfmt
 from strapfmt.reader import Reader
 from strapfmt_capture.histories import CacheWatcher, History
 from strapfmt_capture.inputs import read_inputs
-from strapfmt_capture.rows import RowTracker, Step
+from strapfmt_capture.passes import Step, token_columns
+from strapfmt_capture.rows import RowTracker
 
 Reported = tuple[object, str, object]
 CONFIG = AutoConfig.for_model(
@@ -230,7 +231,7 @@ def test_a_class_that_refuses_is_left_alone_and_known_by_its_length() -> None:
     after = step(IDS[:, :1])
     assert after.events is not None
     assert list(after.events["row"]) == [2, 3, 6, 7]
-    assert pa.array(after.tokens["parent_row"]).to_pylist() == [1, 5]
+    assert pa.array(token_columns([after])["parent_row"]).to_pylist() == [1, 5]
     tracker.close()
     assert type(cache) is Final
 

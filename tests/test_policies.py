@@ -19,11 +19,12 @@ from test_capture_flow import PATIENCE_S, assert_consistent, call, capture, gate
 
 from strapfmt.errors import ArgumentError, CaptureError, DrainError
 from strapfmt.reader import Reader
+from strapfmt_capture import small_values
 from strapfmt_capture.dropped import DroppedRows
 from strapfmt_capture.items import Events, Spilled, StepEnd
 from strapfmt_capture.live import CaptureStats
 from strapfmt_capture.messages import ItemReader
-from strapfmt_capture.rows import Step
+from strapfmt_capture.passes import Step
 from strapfmt_capture.spill import SpillFile
 
 __all__ = ["gate"]
@@ -78,10 +79,9 @@ def test_many_ranges_are_cut_and_the_cut_is_told() -> None:
             phase="decode",
             n_sequences=1,
             n_query=1,
-            is_language=True,
             selected=None,
             rows=torch.tensor([3 * number]).numpy(),
-            tokens={},
+            tokens=None,
             sequences=None,
             events=None,
         )
@@ -115,9 +115,7 @@ def test_rows_that_an_interrupt_cut_off_are_counted(tmp_path: Path, monkeypatch:
     with cap:
         model(ids(5))
         with monkeypatch.context() as patch:
-            patch.setattr(
-                cap._engine.rings.host, "copy_in", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-            )
+            patch.setattr(small_values, "_copy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 model(ids(3, 10))
         model(ids(2, 20))

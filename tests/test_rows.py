@@ -24,7 +24,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from strapfmt.errors import CaptureError
 from strapfmt_capture.inputs import named_arguments, read_inputs
-from strapfmt_capture.rows import RowTracker, Step
+from strapfmt_capture.passes import Step, token_columns
+from strapfmt_capture.rows import RowTracker
 from strapfmt_capture.sites import row_modules
 
 
@@ -82,7 +83,7 @@ class Recorder:
 
     def rows(self) -> list[dict[str, Any]]:
         """Every row of the `tokens` table as a dict."""
-        return [row for step in self.steps for row in as_table(step.tokens).to_pylist()]
+        return as_table(token_columns(self.steps)).to_pylist()
 
     def sequences(self) -> dict[int, dict[str, Any]]:
         """The `sequences` table by `sequence_id`."""
@@ -169,7 +170,8 @@ def check_invariants(recorder: Recorder) -> None:
     for number, step in enumerate(recorder.steps):
         assert step.rows.dtype == np.int64
         assert step.selected is None or step.selected.dtype == np.int64
-        table = as_table(step.tokens)
+        table = as_table(token_columns([step]))
+        assert table.to_pylist() == [row for row in rows if row["step"] == step.step]
         assert table["row"].to_pylist() == step.rows.tolist()
         assert set(table["step"].to_pylist()) <= {step.step}
         if recorder.inputs[number].get("input_ids") is not None:
@@ -232,7 +234,7 @@ def test_an_unpadded_batch_selects_everything_without_a_mask() -> None:
     (step,) = recorder.steps
     assert step.selected is None
     assert step.rows.tolist() == list(range(8))
-    assert as_table(step.tokens)["token_id"].to_pylist() == ids.reshape(-1).tolist()
+    assert as_table(token_columns([step]))["token_id"].to_pylist() == ids.reshape(-1).tolist()
 
 
 def test_a_single_row_of_ids_is_one_sequence() -> None:
@@ -420,7 +422,7 @@ def test_a_cache_that_grew_while_nobody_watched() -> None:
         begin(recorder.tracker, model, {"input_ids": torch.tensor([[5, 6]]), "past_key_values": cache})
         cache.length = 5
         step = begin(recorder.tracker, model, {"input_ids": torch.tensor([[7]]), "past_key_values": cache})
-    (row,) = as_table(step.tokens).to_pylist()
+    (row,) = as_table(token_columns([step])).to_pylist()
     assert (row["sequence_id"], row["position"], row["parent_row"]) == (0, 5, None)
 
 
@@ -462,14 +464,14 @@ def test_generation_without_a_cache_processes_the_prefix_again() -> None:
     assert [len(step.rows) for step in recorder.steps] == [8, 10, 12, 14, 10]
     for number, step in enumerate(recorder.steps[:4]):
         expected = [s + new for s, new in zip(sequences, output[:, 5 : 5 + number].tolist(), strict=True)]
-        table = as_table(step.tokens)
+        table = as_table(token_columns([step]))
         assert table["sequence_id"].to_pylist() == [0] * len(expected[0]) + [1] * len(expected[1])
         assert table["position"].to_pylist() == [*range(len(expected[0])), *range(len(expected[1]))]
         assert table["token_id"].to_pylist() == [*expected[0], *expected[1]]
         parents = table["parent_row"].to_pylist()
         assert parents[0] is None
         assert parents[1] == step.rows[0]
-    assert set(as_table(recorder.steps[4].tokens)["sequence_id"].to_pylist()) == {2, 3}
+    assert set(as_table(token_columns([recorder.steps[4]]))["sequence_id"].to_pylist()) == {2, 3}
 
 
 def test_a_pass_that_only_looks_like_the_last_one_and_a_token_is_new() -> None:
@@ -543,7 +545,7 @@ def test_beam_search_follows_the_hypothesis(family: str, use_cache: bool) -> Non
     given: list[list[int]] = [[] for _ in range(6)]
     by_row = chains(rows)
     for step in recorder.steps:
-        last = {row["batch_index"]: row["row"] for row in as_table(step.tokens).to_pylist()}
+        last = {row["batch_index"]: row["row"] for row in as_table(token_columns([step])).to_pylist()}
         for slot, row in last.items():
             given[slot] = [link["token_id"] for link in by_row[row]]
         assert all(len(ids) == len(given[0]) + (2 if slot > 2 else 0) for slot, ids in enumerate(given))
@@ -627,8 +629,8 @@ def test_a_long_history_can_be_cut_anywhere() -> None:
         step = begin(
             recorder.tracker, module, {"input_ids": torch.tensor([[8], [9]]), "past_key_values": cache}
         )
-    assert as_table(step.tokens)["parent_row"].to_pylist() == [19, 69]
-    assert as_table(step.tokens)["position"].to_pylist() == [20, 20]
+    assert as_table(token_columns([step]))["parent_row"].to_pylist() == [19, 69]
+    assert as_table(token_columns([step]))["position"].to_pylist() == [20, 20]
     assert step.events is not None
     assert set(step.events["row"]) == {*range(20, 50), *range(70, 500)}
 
@@ -755,7 +757,7 @@ def test_selecting_and_repeating_the_batch_of_a_cache(selection: torch.Tensor) -
     last = recorder.steps[-1].rows.tolist()
     found = [[link["token_id"] for link in histories[row]] for row in last]
     assert found == [[*ids[parent].tolist(), int(token)] for parent, token in zip(parents, new, strict=True)]
-    assert len(set(as_table(recorder.steps[-1].tokens)["sequence_id"].to_pylist())) == len(last)
+    assert len(set(as_table(token_columns([recorder.steps[-1]]))["sequence_id"].to_pylist())) == len(last)
     check_invariants(recorder)
 
 
@@ -805,7 +807,7 @@ def test_packed_sequences_are_told_apart_by_their_offsets() -> None:
     step = begin(
         tracker, model, {"input_ids": torch.tensor([a + b]), "cu_seq_lens_q": torch.tensor([0, 3, 5])}
     )
-    assert as_table(step.tokens)["sequence_id"].to_pylist() == [0, 0, 0, 1, 1]
+    assert as_table(token_columns([step]))["sequence_id"].to_pylist() == [0, 0, 0, 1, 1]
 
 
 def test_positions_that_go_on_from_elsewhere_are_one_sequence() -> None:
@@ -834,7 +836,8 @@ def test_text_specials_prompts_and_tags() -> None:
 def test_tokens_without_a_text_have_none() -> None:
     tracker = Recorder(torch.nn.Identity(), tokenizer=tiny_tokenizer()).tracker
     step = begin(tracker, torch.nn.Identity(), {"input_ids": torch.tensor([[5, -200]])})
-    assert step.tokens["token"] == ["b", None]
+    assert step.tokens is not None
+    assert step.tokens.texts == ["b", None]
 
 
 def test_without_a_tokenizer_text_is_null_and_tags_are_an_empty_object() -> None:
@@ -853,7 +856,7 @@ def test_a_model_that_is_given_no_tokens_numbers_no_rows() -> None:
         model(torch.randn(5, 3))
     (step,) = recorder.steps
     assert not step.is_language
-    assert step.tokens == {}
+    assert step.tokens is None
     assert step.rows.size == 0
     assert step.sequences is None
     assert recorder.counters == {"row": 0, "step": 1, "sequence": 0}
@@ -865,7 +868,7 @@ def test_a_batch_of_nothing_but_padding_has_no_rows() -> None:
     step = begin(tracker, torch.nn.Identity(), inputs)
     assert step.is_language
     assert step.rows.size == 0
-    assert as_table(step.tokens).num_rows == 0
+    assert as_table(token_columns([step])).num_rows == 0
 
 
 @pytest.mark.parametrize(

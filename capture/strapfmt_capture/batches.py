@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
 from strapfmt_capture.histories import PADDING, History
 from strapfmt_capture.inputs import Inputs
+from strapfmt_capture.passes import Tokens
 
 __all__ = ["Batch", "Uncached"]
 
@@ -40,24 +39,20 @@ class Batch:
     sources: _Int64 | None = None
     branched: Sequence[tuple[int, int, int]] = ()
 
-    def columns(self, rows: _Int64, n_query: int) -> dict[str, NDArray[Any] | pa.Array]:
-        """Who each row is: copies of `[n_rows]`."""
+    def tokens(self, n_query: int) -> Tokens:
+        """Describe the tokens of the pass, as far as the batch knows them."""
+        counts = self.counts
         if n_query == 1 and self.real is None:  # one row per run
-            slots, sequences, positions = self.slots, self.sequence_ids, self.positions
-            parents = self.previous.copy()  # the history goes on to change it, and Arrow may not copy
-        else:
-            counts = np.full(len(self.slots), n_query) if self.counts is None else self.counts
-            offsets = np.cumsum(counts) - counts
-            slots, sequences = np.repeat(self.slots, counts), np.repeat(self.sequence_ids, counts)
-            positions = np.arange(len(rows)) + np.repeat(self.positions - offsets, counts)
-            parents = rows - 1
-            parents[offsets[counts > 0]] = self.previous[counts > 0]
-        return {
-            "batch_index": slots.astype(np.int32),
-            "sequence_id": sequences.copy(),
-            "position": positions.astype(np.int32),
-            "parent_row": pa.array(parents, mask=parents < 0),
-        }
+            counts = None
+        elif counts is None:
+            counts = np.full(len(self.slots), n_query)
+        return Tokens(
+            slots=self.slots,
+            sequence_ids=self.sequence_ids,
+            positions=self.positions,
+            previous=self.previous,
+            counts=counts,
+        )
 
 
 @dataclass(slots=True)

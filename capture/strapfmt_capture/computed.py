@@ -17,12 +17,13 @@ Computation: TypeAlias = Callable[
     [Any, torch.nn.Module, tuple[Any, ...], Mapping[str, Any]], torch.Tensor | None
 ]
 
-_computing = threading.local()
+#: The threads that are inside a computation.
+_computing: set[int] = set()
 
 
 def is_computing() -> bool:
     """Whether this thread is inside a computation, whose calls of modules are no calls of the model's."""
-    return getattr(_computing, "is_on", False)
+    return bool(_computing) and threading.get_ident() in _computing
 
 
 def expert_out(
@@ -55,12 +56,12 @@ def expert_out(
     is_plain = getattr(config, "_experts_implementation", "eager") == "eager"
     repeated = hidden.repeat(k, 1) if is_plain else hidden.repeat_interleave(k, dim=0)
     index = (index.T if is_plain else index).reshape(-1, 1)
-    _computing.is_on = True
+    _computing.add(threading.get_ident())
     try:
         with torch.no_grad():
             out: torch.Tensor = module.forward(repeated, index, weights.new_ones(n * k, 1))
     finally:
-        _computing.is_on = False
+        _computing.discard(threading.get_ident())
     d_model = out.shape[-1]
     return out.reshape(k, n, d_model).transpose(0, 1) if is_plain else out.reshape(n, k, d_model)
 

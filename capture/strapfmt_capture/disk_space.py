@@ -42,6 +42,11 @@ class DiskSpace:
         self._failure: DiskSpaceError | None = None
 
     @property
+    def is_watched(self) -> bool:
+        """Whether anything is to stay free."""
+        return self._min_free_bytes is not None
+
+    @property
     def is_short(self) -> bool:
         """Whether the capture was stopped."""
         return self._failure is not None

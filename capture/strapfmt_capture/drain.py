@@ -25,7 +25,7 @@ from strapfmt_capture.items import (
     StepStart,
 )
 from strapfmt_capture.messages import ItemReader
-from strapfmt_capture.rows import Step
+from strapfmt_capture.passes import Step, token_columns
 from strapfmt_capture.spill import SpillFile
 from strapfmt_capture.statistics import Columns, RowStatistics
 from strapfmt_capture.turn import Piece, Values, compute_statistics, merged, pieces_of, statistics_of
@@ -232,7 +232,8 @@ class Drain:
     def _write_tables(self, items: Sequence[Item]) -> None:
         """Write what steps begin with, each table once."""
         steps = [item.step for item in items if isinstance(item, StepStart)]
-        self._write_table("tokens", [step.tokens for step in steps if len(step.rows)])
+        if any(len(step.rows) for step in steps):
+            self._writer.write_table("tokens", token_columns(steps))
         self._write_table("sequences", [step.sequences for step in steps if step.sequences is not None])
         events = [step.events for step in steps if step.events is not None]
         self._write_table("row_events", events + [item.columns for item in items if isinstance(item, Events)])

@@ -32,7 +32,7 @@ from strapfmt_capture.live import CaptureStats, stats_of
 from strapfmt_capture.parallel import placements_of
 from strapfmt_capture.progress import ProgressLine
 from strapfmt_capture.provenance import describe_model, describe_tokenizer, describe_versions
-from strapfmt_capture.ring import Ring
+from strapfmt_capture.ring import LINGER_S, Ring
 from strapfmt_capture.rings import Rings
 from strapfmt_capture.rows import RowTracker
 from strapfmt_capture.selection import Selection
@@ -46,6 +46,7 @@ DrainKind = Literal["thread", "process"]
 Mode = Literal["create", "overwrite", "append"]
 _ON_FULL = ("block", "drop", "raise", "spill")
 _DRAINS = ("thread", "process")
+_TURNS_A_COMMIT, _LEAST_LINGER_S = 4, 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,7 +275,9 @@ class Engine:
 def _make_ring(options: Options) -> Ring[Item]:
     # Steps that are spilled go through a second ring: both together are what was asked for.
     n_bytes = options.host_ring_bytes // (1 if options.spill_path is None else 2)
-    return Ring(n_bytes, is_shared=options.drain == "process")
+    # No commit waits long for its turn.
+    linger_s = min(max(options.commit_interval_s / _TURNS_A_COMMIT, _LEAST_LINGER_S), LINGER_S)
+    return Ring(n_bytes, is_shared=options.drain == "process", linger_s=linger_s)
 
 
 def _open_drain(path: Path, options: Options, provenance: Mapping[str, Any], ring: Ring[Item]) -> DrainHome:

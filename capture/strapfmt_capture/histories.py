@@ -28,6 +28,8 @@ _Int64 = NDArray[np.int64]
 class History:
     """The rows behind a batch, in the layout of its key-value cache: `n_sequences` slots of `length` places.
 
+    Its arrays are exchanged, never changed: steps keep those of their time.
+
     Parameters
     ----------
     sequence_ids : ndarray of int64 [n_sequences]
@@ -92,16 +94,27 @@ class History:
         """
         self._extend(rows)
         self._has_padding |= bool(rows.min(initial=0) == PADDING)
-        np.maximum(self.last_row, rows.max(axis=1), out=self.last_row)
-        if rows.shape[1] == 1 and rows.min() >= 0:
-            self.n_tokens += 1
-        else:
-            self.n_tokens += (rows >= 0).sum(axis=1)
+        self.last_row = np.maximum(self.last_row, rows.max(axis=1))
+        self.n_tokens = self.n_tokens + (rows >= 0).sum(axis=1)
+
+    def append_tokens(self, rows: _Int64) -> None:
+        """Add one token to every slot, as most passes do.
+
+        Parameters
+        ----------
+        rows : ndarray of int64 [n_sequences]
+            Row ids, larger than all before. Kept, not to be changed.
+        """
+        if self.length == self._cells.shape[1]:
+            self._grow(2 * self.length)
+        self._cells[:, self.length] = rows
+        self.length += 1
+        self.last_row, self.n_tokens = rows, self.n_tokens + 1
 
     def extend_unknown(self, length: int, n_tokens: _Int64) -> None:
         """Grow to `length` places holding `n_tokens` in all, through passes that nobody watched."""
         self._extend(np.full((len(self), length - self.length), UNKNOWN, np.int64))
-        self.last_row[:] = UNKNOWN
+        self.last_row = np.full(len(self), UNKNOWN, np.int64)
         self.n_tokens = n_tokens.copy()
 
     def truncate(self, length: int) -> _Int64:
@@ -109,9 +122,10 @@ class History:
         removed = self._cells[:, length : self.length]
         own = removed[:, max(self._own_from - length, 0) :]
         rejected = np.unique(own[own >= 0])
-        self.n_tokens -= (removed != PADDING).sum(axis=1)
+        self.n_tokens = self.n_tokens - (removed != PADDING).sum(axis=1)
         self.length = length
         self._own_from = min(self._own_from, length)
+        self.last_row = self.last_row.copy()
         for slot in range(len(self)):
             places = np.flatnonzero(self._cells[slot, :length] != PADDING)
             self.last_row[slot] = self._cells[slot, places[-1]] if places.size else PADDING
@@ -178,7 +192,10 @@ class History:
                 slots.append(slot)
             seen.add(sequence)
         self.is_copy = False
-        first = next_sequence(len(slots)) if slots else 0
+        if not slots:
+            return []
+        first = next_sequence(len(slots))
+        self.sequence_ids = self.sequence_ids.copy()
         return [(slot, self._branch(slot, first + number)) for number, slot in enumerate(slots)]
 
     def _branch(self, slot: int, sequence: int) -> int:
@@ -193,11 +210,14 @@ class History:
     def _extend(self, cells: _Int64) -> None:
         length = self.length + cells.shape[1]
         if length > self._cells.shape[1]:
-            grown = np.empty((len(self), max(length, 2 * self._cells.shape[1])), np.int64)
-            grown[:, : self.length] = self._cells[:, : self.length]
-            self._cells = grown
+            self._grow(max(length, 2 * self._cells.shape[1]))
         self._cells[:, self.length : length] = cells
         self.length = length
+
+    def _grow(self, capacity: int) -> None:
+        grown = np.empty((len(self), capacity), np.int64)
+        grown[:, : self.length] = self._cells[:, : self.length]
+        self._cells = grown
 
 
 class CacheWatcher:

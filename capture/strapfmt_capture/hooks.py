@@ -378,6 +378,7 @@ class Hooks:
         """Keep what sites give, which stays in its place, instead of storing it."""
         if self._is_recording:
             raise CaptureError("a recording is under way already; end it before the next one begins")
+        self.steps.settle("recording()")
         self._is_recording, self._recorded = True, []
         try:
             yield self._recorded
@@ -522,19 +523,17 @@ class Hooks:
             and x.is_cpu
             and x.is_contiguous()
             and not x.is_neg()
-            and not self._is_over
-            and not self._is_recording
             and not is_computing()
         ):
             return False
+        step = open_step.step
         with self._producing:
             # A second value of a step, from whichever thread, is refused on the long way.
-            rows, is_second = open_step.step.rows, tap.last_step == open_step.step.step
-            if is_second or not self._rings.has_room(fit.n_bytes, rows):
+            if tap.last_step == step.step or not self._rings.has_room(fit.n_bytes, step.rows):
                 return False
-            call, tap.last_step = tap.n_calls, open_step.step.step
-            tap.n_calls += 1
-            tap.expected += len(rows)
+            call, tap.last_step = tap.n_calls, step.step
+            tap.n_calls = call + 1
+            tap.expected += len(step.rows)
             self._rings.add_small(fit.spec, x, fit.n_bytes, call)
         return True
 
@@ -551,6 +550,11 @@ class Hooks:
             return
         if tap.staged:
             self._take_staged()
+        if tap.is_plain and not self.steps.has_begun and not self._is_recording:
+            with self._producing:
+                self.steps.current()
+            if self._gathers(tap, output):
+                return
         attention, tap.attention = tap.attention, None
         x = tap.point.read(args, kwargs, output, module, attention)
         found = None if tap.gradient is None else tap.point.found(args, kwargs, output)

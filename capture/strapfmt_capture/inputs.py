@@ -31,6 +31,9 @@ _NAMES = (*_TOKEN_NAMES, _LENS_TOKENS, *_CACHE_NAMES, "inputs_embeds", "attentio
 _DECODER_NAMES = ("decoder_input_ids", "decoder_inputs_embeds")
 # What is added to a score is a bias above this, and below it an end to attention.
 _NOT_ATTENDED = -9e3
+# Of up to so many numbers a list is asked more quickly than an array.
+_FEW = 64
+_INT32 = np.iinfo(np.int32)
 # Arguments that only a paged cache has: there the rows of one pass belong to many requests.
 _PAGED_NAMES = ("block_table", "page_table", "write_index")
 
@@ -249,12 +252,18 @@ def _int64(token_ids: torch.Tensor) -> NDArray[np.int64]:
             f"token ids: expected a plain tensor with values, got a {type(token_ids).__name__} on {token_ids.device}; "
             "run the model outside of torch.func transforms and fake tensors"
         )
-    ids: NDArray[np.int64] = token_ids.cpu().numpy().astype(np.int64, copy=False)
-    limits = np.iinfo(np.int32)
-    if ids.size and (ids.min() < limits.min or ids.max() > limits.max):
+    ids: NDArray[np.int64] = token_ids.cpu().numpy()
+    if ids.dtype != np.int64:
+        ids = ids.astype(np.int64)
+    if ids.size > _FEW:
+        lowest, highest = int(ids.min()), int(ids.max())
+    else:
+        numbers = ids.ravel().tolist() or [0]
+        lowest, highest = min(numbers), max(numbers)
+    if not (_INT32.min <= lowest and highest <= _INT32.max):
         raise CaptureError(
-            f"token ids: expected numbers from {limits.min} to {limits.max}, in which they are stored; got "
-            f"{int(ids.min())} to {int(ids.max())}"
+            f"token ids: expected numbers from {_INT32.min} to {_INT32.max}, in which they are stored; got "
+            f"{lowest} to {highest}"
         )
     return ids
 
@@ -281,7 +290,7 @@ def _token_ids(
     for name in names:
         ids = given.get(name)
         if isinstance(ids, torch.Tensor) and ids.ndim in (1, 2) and not ids.is_floating_point():
-            ids = ids.detach().reshape(-1, ids.shape[-1])
+            ids = ids if ids.ndim == 2 else ids[None]
             return ids, ids.shape[0], ids.shape[1]
     embeddings = given.get("inputs_embeds")
     if isinstance(embeddings, torch.Tensor) and embeddings.ndim in (2, 3):
@@ -326,7 +335,10 @@ def _attended(mask: torch.Tensor | None) -> torch.Tensor:
 
 def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     """The model inside wrappers that pass their arguments on (DataParallel and its kin)."""
-    while isinstance(inner := getattr(module, "module", None), torch.nn.Module):
+    while "module" in module._modules or hasattr(type(module), "module"):
+        inner = module.module
+        if not isinstance(inner, torch.nn.Module):
+            break
         module = inner
     return module
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from strapfmt.schema import SiteSpec
-from strapfmt_capture.rows import Column, Step
+from strapfmt_capture.passes import Column, Step
 from strapfmt_capture.turn import Values
 
 __all__ = ["Annotation", "Boundary", "Events", "Finish", "Item", "Spilled", "StepEnd", "StepStart"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,7 +22,7 @@ from strapfmt_capture.items import (
     StepStart,
 )
 from strapfmt_capture.memory import Memory
-from strapfmt_capture.rows import Column, Step
+from strapfmt_capture.passes import Column, Step, Tokens
 from strapfmt_capture.turn import Values
 
 __all__ = ["ItemReader", "encode_items"]
@@ -81,7 +81,7 @@ class ItemReader:
         return StepStart(
             step=self._step(
                 step,
-                tokens=self._columns(tokens) or {},
+                tokens=self._tokens(tokens),
                 sequences=self._columns(sequences),
                 events=self._columns(events),
             )
@@ -120,23 +120,26 @@ class ItemReader:
         self,
         coded: Sequence[_Json],
         *,
-        tokens: dict[str, Column] | None = None,
+        tokens: Tokens | None = None,
         sequences: dict[str, Column] | None = None,
         events: dict[str, Column] | None = None,
     ) -> Step:
-        number, phase, n_sequences, n_query, is_language, rows = coded
+        number, phase, n_sequences, n_query, rows = coded
         return Step(
             step=number,
             phase=phase,
             n_sequences=n_sequences,
             n_query=n_query,
-            is_language=is_language,
             selected=None,
             rows=self._column(rows),
-            tokens=tokens or {},
+            tokens=tokens,
             sequences=sequences,
             events=events,
         )
+
+    def _tokens(self, coded: Mapping[str, _Json] | None) -> Tokens | None:
+        columns: dict[str, Any] | None = self._columns(coded)
+        return None if columns is None else Tokens(**columns)
 
     def _columns(self, coded: Mapping[str, _Json] | None) -> dict[str, Column] | None:
         return None if coded is None else {name: self._column(column) for name, column in coded.items()}
@@ -177,11 +180,8 @@ class _ItemWriter:
             return ["values", item.spec.name, shape, item.n_rows, item.start, rows, token_row, item.call]
         if isinstance(item, StepStart):
             step = item.step
-            return [
-                "start",
-                self.step(step),
-                *(self.columns(table) for table in (step.tokens, step.sequences, step.events)),
-            ]
+            tokens = None if step.tokens is None else self.columns(_fields(step.tokens))
+            return ["start", self.step(step), tokens, self.columns(step.sequences), self.columns(step.events)]
         if isinstance(item, StepEnd):
             about = [item.started_ns, item.duration_s, item.status, item.reason, item.dropped, item.is_whole]
             return ["end", self.step(item.step), *about]
@@ -199,7 +199,7 @@ class _ItemWriter:
 
     def step(self, step: Step) -> list[_Json]:
         rows = self.column(step.rows)
-        return [step.step, step.phase, step.n_sequences, step.n_query, step.is_language, rows]
+        return [step.step, step.phase, step.n_sequences, step.n_query, rows]
 
     def columns(self, table: Mapping[str, Column] | None) -> dict[str, _Json] | None:
         return None if table is None else {name: self.column(column) for name, column in table.items()}
@@ -216,3 +216,8 @@ class _ItemWriter:
                 return {"first": first, "n": len(column)}
         self.arrays.append(np.ascontiguousarray(column))
         return {"dtype": column.dtype.str, "n": len(column)}
+
+
+def _fields(tokens: Tokens) -> dict[str, Column]:
+    values = {field.name: getattr(tokens, field.name) for field in fields(tokens)}
+    return {name: value for name, value in values.items() if value is not None}

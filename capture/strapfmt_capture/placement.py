@@ -25,7 +25,7 @@ from strapfmt.schema import SiteSpec
 from strapfmt_capture.channels import Channels
 from strapfmt_capture.eager import has_values
 from strapfmt_capture.hookpoints import HookPoint
-from strapfmt_capture.rows import Step
+from strapfmt_capture.passes import Step
 
 __all__ = ["Cut", "Layout", "Placement", "check_known", "declare"]
 

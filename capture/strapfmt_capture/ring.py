@@ -24,14 +24,14 @@ from strapfmt.errors import ArgumentError
 from strapfmt.spec import ALIGNMENT_BYTES
 from strapfmt_capture.memory import Memory, aligned
 
-__all__ = ["RING_BYTES", "Bundle", "Ring", "Signal", "Slot"]
+__all__ = ["LINGER_S", "RING_BYTES", "Bundle", "Ring", "Signal", "Slot"]
 
 RING_BYTES = 256 << 20
 # The consumer is woken for this share of the ring, or for whatever there is after so long: each turn it takes costs
 # the model's thread a little, and large turns cost less than many small ones.
 _WORTHWHILE_SHARE = 1 / 4
 _WORTHWHILE_BYTES = 8 << 20
-_LINGER_S = 0.25
+LINGER_S = 1.0
 # A wake-up that an interrupt has swallowed is made good after so long.
 _RECHECK_S = 1.0
 
@@ -65,6 +65,8 @@ class Ring(Generic[Item]):
         Where the memory lies.
     is_shared : bool
         Whether another process is to map the memory, in which case it is populated and `fd` is its descriptor.
+    linger_s : float
+        For so long the consumer waits for more than a little.
 
     Attributes
     ----------
@@ -80,7 +82,14 @@ class Ring(Generic[Item]):
         Most bytes in use at a time.
     """
 
-    def __init__(self, n_bytes: int = RING_BYTES, *, device: str = "cpu", is_shared: bool = False) -> None:
+    def __init__(
+        self,
+        n_bytes: int = RING_BYTES,
+        *,
+        device: str = "cpu",
+        is_shared: bool = False,
+        linger_s: float = LINGER_S,
+    ) -> None:
         if n_bytes < ALIGNMENT_BYTES:
             raise ArgumentError(f"host_ring_bytes: expected at least {ALIGNMENT_BYTES}, got {n_bytes}")
         self.stall_s, self.n_stalls, self.peak_bytes = 0.0, 0, 0
@@ -93,7 +102,7 @@ class Ring(Generic[Item]):
             raise ArgumentError(
                 f"host_ring_bytes: expected no more memory than there is, got {n_bytes}; 256 MiB usually do"
             ) from error
-        self.n_bytes = self.memory.n_bytes
+        self.n_bytes, self._linger_s = self.memory.n_bytes, linger_s
         #: Views of the memory, and a copy into it, from a position; see `Memory`.
         self.view, self.array, self.copy_in = self.memory.view, self.memory.array, self.memory.copy_in
         self._worthwhile_bytes = min(_WORTHWHILE_BYTES, int(self.n_bytes * _WORTHWHILE_SHARE))
@@ -193,8 +202,8 @@ class Ring(Generic[Item]):
         ----------
         max_bytes : int
         wait : bool
-            Whether to wait for something worth taking: a good part of the ring, whatever there is after a quarter of a
-            second, or anything while a producer waits for space.
+            Whether to wait for something worth taking: a good part of the ring, whatever there is after `linger_s`, or
+            anything while a producer waits for space.
 
         Returns
         -------
@@ -267,7 +276,7 @@ class Ring(Generic[Item]):
     def _wait_for_items(self) -> None:
         while not self._items and not self._is_closed:
             self._work.wait(_RECHECK_S)
-        until = time.monotonic() + _LINGER_S
+        until = time.monotonic() + self._linger_s
         while not self._is_worthwhile() and (left := until - time.monotonic()) > 0:
             self._work.wait(left)
 

@@ -21,9 +21,8 @@ What a person can rely on, whatever way the model is driven:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -35,55 +34,13 @@ from strapfmt_capture.encoders import Encoded, first_tensor, vectors_of
 from strapfmt_capture.histories import PADDING, CacheWatcher, History
 from strapfmt_capture.inputs import Inputs
 from strapfmt_capture.keys import Keys
+from strapfmt_capture.passes import Column, Step
 from strapfmt_capture.tags import Tags
 from strapfmt_capture.texts import TokenTexts
 
-__all__ = ["Column", "RowTracker", "Step"]
+__all__ = ["RowTracker"]
 
-Column: TypeAlias = NDArray[Any] | list[Any] | pa.Array
 _Int64 = NDArray[np.int64]
-
-
-@dataclass(slots=True, kw_only=True)
-class Step:
-    """One forward pass.
-
-    Attributes
-    ----------
-    step : int
-        Its number.
-    phase : str
-        `"decode"` when one token per sequence is added to a past, `"encode"` in the encoder of an encoder-decoder
-        model, else `"prefill"`.
-    n_sequences, n_query : int
-        Width of the padded batch; 0 for a model that is given no tokens.
-    is_language : bool
-        Whether tokens were found. If not, sites number their own rows.
-    selected : ndarray of int64 or None
-        Places of the stored tokens in the flattened `[n_sequences * n_query]` batch, ascending; None if all are.
-    rows : ndarray of int64 [n_rows]
-        Row ids in that order.
-    tokens : dict
-        Columns of the `tokens` table, one value per row; empty if `is_language` is false.
-    sequences : dict or None
-        Columns of the `sequences` table for sequences that begin in this step.
-    events : dict or None
-        Columns of the `row_events` table for what has happened to earlier rows since the last step.
-    history : History or None
-        What lies behind each sequence, this pass included; as it is while the pass runs.
-    """
-
-    step: int
-    phase: str
-    n_sequences: int
-    n_query: int
-    is_language: bool
-    selected: _Int64 | None
-    rows: _Int64
-    tokens: dict[str, Column]
-    sequences: dict[str, Column] | None
-    events: dict[str, Column] | None
-    history: History | None = None
 
 
 class RowTracker:
@@ -148,10 +105,9 @@ class RowTracker:
                 phase="prefill",
                 n_sequences=0,
                 n_query=0,
-                is_language=False,
                 selected=None,
                 rows=np.empty(0, np.int64),
-                tokens={},
+                tokens=None,
                 sequences=None,
                 events=self.take_events(),
             )
@@ -325,38 +281,33 @@ class RowTracker:
         first = self._reserve("row", n_rows) if n_rows else 0
         rows = np.arange(first, first + n_rows)
         selected = None if batch.real is None else np.flatnonzero(batch.real)
-        tokens = batch.columns(rows, q)
+        tokens = batch.tokens(q)
         ids = None
         if inputs.token_ids is not None:
             ids = inputs.token_ids.reshape(-1) if selected is None else inputs.token_ids.reshape(-1)[selected]
         sequences = self._sequences(batch, ids)
         if batch.tags is not None and batch.counts is not None:
             self.tags.began(rows, batch.counts)
-        if batch.real is None:
+        if ids is not None:
+            tokens.token_ids = ids.astype(np.int32)  # a copy, as the model may change its own
+            if self._texts is not None:
+                tokens.texts, tokens.is_special = self._texts.columns(ids)
+        if batch.real is None and q == 1:
+            batch.history.append_tokens(rows)
+        elif batch.real is None:
             batch.history.append(rows.reshape(n, q))
         else:
             places = np.full((n, q), PADDING)
             places[batch.real] = rows
             batch.history.append(places)
-        texts, is_special = (None, None) if ids is None or self._texts is None else self._texts.columns(ids)
         return Step(
             step=self._step,
             phase=phase,
             n_sequences=n,
             n_query=q,
-            is_language=True,
             selected=selected,
             rows=rows,
-            tokens={
-                "row": rows,
-                "step": np.full(n_rows, self._step),
-                "phase": [phase] * n_rows,
-                **tokens,
-                "token_id": pa.nulls(n_rows, pa.int32()) if ids is None else ids.astype(np.int32),
-                "token": pa.nulls(n_rows, pa.utf8()) if texts is None else texts,
-                "is_special": pa.nulls(n_rows, pa.bool_()) if is_special is None else is_special,
-                "dropped": np.zeros(n_rows, bool),
-            },
+            tokens=tokens,
             sequences=sequences,
             events=self.take_events(),
             history=batch.history,

@@ -22,8 +22,8 @@ import pyarrow as pa
 from strapfmt.arguments import as_integer, as_names
 from strapfmt.errors import ArgumentError, CaptureError
 from strapfmt_capture.arguments import as_index, index_facts
+from strapfmt_capture.passes import Column, Step, token_columns
 from strapfmt_capture.placement import Placement
-from strapfmt_capture.rows import Column, Step
 
 __all__ = ["Positions", "Selection", "Selector", "TokenColumns"]
 
@@ -78,9 +78,8 @@ class TokenColumns:
     @classmethod
     def of(cls, step: Step) -> TokenColumns:
         """Describe the tokens of a step."""
-        columns: dict[str, Any] = {
-            name: _read_only(step.tokens[name], dtype) for name, dtype in _COLUMNS.items()
-        }
+        stored = token_columns([step])
+        columns: dict[str, Any] = {name: _read_only(stored[name], dtype) for name, dtype in _COLUMNS.items()}
         return cls(step=step.step, phase=step.phase, **columns)
 
 
@@ -228,7 +227,8 @@ def _as_positions(value: Positions) -> slice | tuple[int, ...]:
 
 def _at_positions(step: Step, positions: slice | tuple[int, ...]) -> _Bool:
     """Which rows of a step lie at `positions` of their sequence, as long as it is now."""
-    sequences, place = np.asarray(step.tokens["sequence_id"]), np.asarray(step.tokens["position"], np.int64)
+    columns = token_columns([step])
+    sequences, place = np.asarray(columns["sequence_id"]), np.asarray(columns["position"], np.int64)
     # The rows of a sequence follow one another, the last of them last.
     last = np.append(np.flatnonzero(np.diff(sequences)), len(place) - 1)
     length = np.repeat(place[last] + 1, np.diff(last, prepend=-1))

@@ -32,9 +32,10 @@ from strapfmt_capture.dropped import INTERRUPTED, RING_FULL
 from strapfmt_capture.eager import is_repetition
 from strapfmt_capture.inputs import Inputs, named_arguments, read_inputs
 from strapfmt_capture.items import Boundary, Events, StepEnd, StepStart
+from strapfmt_capture.passes import Step
 from strapfmt_capture.placement import Placement
 from strapfmt_capture.rings import FULL_SHARE, Rings
-from strapfmt_capture.rows import RowTracker, Step
+from strapfmt_capture.rows import RowTracker
 from strapfmt_capture.selection import Selector
 
 __all__ = ["OnFull", "OpenStep", "Steps"]
@@ -108,6 +109,8 @@ class Steps:
     n_steps, n_dropped_steps, n_spilled_steps, n_abandoned_steps, n_paused_passes, n_tokens : int
     is_paused : bool
         Whether passes are counted only.
+    under_way : OpenStep or None
+        The step that is open, if one is.
     """
 
     def __init__(
@@ -126,16 +129,12 @@ class Steps:
         self.n_spilled_steps, self.n_paused_passes, self.is_paused = 0, 0, False
         self._on_full, self._on_complete, self._selector = on_full, on_complete, selector
         self._call: _Call | None = None
+        self.under_way: OpenStep | None = None
         #: The outermost call under way while paused.
         self._passed_by: FrameType | None = None
         #: Whether the open step began where a graph was cut for it, and so ends in the same way.
         self.ends_in_graph = False
         self._thread = 0
-
-    @property
-    def under_way(self) -> OpenStep | None:
-        """The step that is open, if one is."""
-        return None if self._call is None else self._call.open
 
     @property
     def has_begun(self) -> bool:
@@ -206,7 +205,7 @@ class Steps:
     @property
     def number(self) -> int:
         """The step under way, else the next one."""
-        open_step = None if self._call is None else self._call.open
+        open_step = self.under_way
         return self._tracker.next_step if open_step is None else open_step.step.step
 
     def settle(self, what: str) -> None:
@@ -340,6 +339,8 @@ class Steps:
     def _check_space(self) -> None:
         """Stop while what was captured still fits on the disk; it is committed at once."""
         space = self._drain.space
+        if not space.is_watched:
+            return
         was_short = space.is_short
         try:
             space.check(self._rings.n_used + self._drain.n_spill_pending_bytes)
@@ -365,7 +366,7 @@ class Steps:
         if call.output is not None:
             self._tracker.returned(call.output)
         whole = Placement(n_rows=len(step.rows), index=step.selected, rows=step.rows)
-        call.open = OpenStep(
+        call.open = self.under_way = OpenStep(
             step=step,
             batch=(step.n_sequences, step.n_query),
             whole=whole,
@@ -384,8 +385,8 @@ class Steps:
         if is_full and stored is not None:
             open_step.is_dropped = True
             self.n_dropped_steps += 1
-            if stored.rows is not None and len(step.rows):
-                step.tokens["dropped"] = np.isin(step.rows, stored.rows)
+            if stored.rows is not None and step.tokens is not None:
+                step.tokens.dropped = np.isin(step.rows, stored.rows)
         whole = open_step.whole
         is_all = stored is whole and whole.index is None and whole.n_rows > 0
         open_step.takes_all = is_all and not open_step.is_dropped
@@ -416,7 +417,7 @@ class Steps:
                 self.n_abandoned_steps += status == "abandoned"
             self._tracker.end(call.end.status, call.end.reason)
             self._rings.publish(call.end)
-        self._call = None
+        self._call = self.under_way = None
 
 
 def _called(
@@ -457,6 +458,8 @@ def _kept(given: Mapping[str, Any]) -> Any:
 def _positions(kept: Any, n_query: int) -> npt.NDArray[np.int64] | None:
     """Return the positions that `logits_to_keep` means, None if it means all of them or nothing that is known."""
     if isinstance(kept, int):
+        if kept == 0 or kept >= n_query:
+            return None
         kept = slice(-kept, None)
     if not isinstance(kept, (slice, list, torch.Tensor)):
         return None
