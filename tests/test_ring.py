@@ -97,6 +97,15 @@ def test_an_empty_ring_begins_again_at_the_start_of_its_memory() -> None:
     assert ring.n_used == 0
 
 
+def test_a_little_is_not_worth_taking_also_when_the_ring_begins_again() -> None:
+    ring: Ring[tuple[int, Slot]] = Ring(1 << 20, linger_s=0.01)
+    for _ in range(3):
+        put(ring, 1000, 1)
+        assert ring.take(1 << 20, wait=False) == []
+        assert len(ring.take(1 << 20)) == 1
+        ring.release(ring.position)
+
+
 def test_a_slot_as_large_as_the_ring_fits_and_a_larger_one_is_refused() -> None:
     ring: Ring[tuple[int, Slot]] = Ring(256)
     assert put(ring, 3, 1)

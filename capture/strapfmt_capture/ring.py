@@ -256,7 +256,7 @@ class Ring(Generic[Item]):
             head = self._head()
             if head == self._released:
                 # Empty: begin again at the start of the memory, part of which is still in the cache.
-                head = self._released = math.ceil(head / self.n_bytes) * self.n_bytes
+                head = self._taken = self._released = math.ceil(head / self.n_bytes) * self.n_bytes
             room = self.n_bytes - head % self.n_bytes
             start = head if needed <= room else head + room
             fits = start + needed - self._released <= self.n_bytes
