@@ -417,9 +417,9 @@ def test_interrupts_that_are_caught_leave_a_capture_that_works(
                 alarm(rng.uniform(0.0005, 0.004))
                 while goes_on():
                     model(ids(rng.choice([1, 16, 40])))
+                alarm(0.0)
             except KeyboardInterrupt:
                 n_interrupts += 1
-        alarm(0.0)
         model(ids(5, 5000))
     assert n_interrupts > 20
     reader = Reader(tmp_path / "x.strap")

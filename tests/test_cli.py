@@ -121,7 +121,7 @@ def on_terminal(*arguments: object, width: int, cwd: Path | None = None) -> str:
     """Run a command on a terminal that is so wide; return what it shows, without styles."""
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
-    program = [sys.executable, "-m", "strapfmt.cli", *map(str, arguments)]
+    program = [sys.executable, "-m", "strapfmt", *map(str, arguments)]
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
     with subprocess.Popen(
         program, stdin=theirs, stdout=theirs, stderr=theirs, cwd=cwd, env={**environment, "TERM": "xterm"}
@@ -716,7 +716,7 @@ def test_unknown_site_names_the_nearest(run: Run, dataset: Path) -> None:
 
 
 def test_installed_program_runs_and_survives_a_closed_pipe(dataset: Path) -> None:
-    program = [sys.executable, "-W", "error", "-m", "strapfmt.cli"]
+    program = [sys.executable, "-W", "error", "-m", "strapfmt"]
     version = subprocess.run([*program, "--version"], capture_output=True, text=True, check=True)
     assert version.stdout == f"strapfmt {strapfmt.__version__}\n"
     query = "SELECT a.row FROM range(200000) a(row)"
@@ -728,7 +728,7 @@ def test_installed_program_runs_and_survives_a_closed_pipe(dataset: Path) -> Non
 @pytest.mark.parametrize("options", [["--format", "csv"], ["--json"], ["--max-rows", "200000"]])
 def test_a_closed_pipe_is_no_problem_found(dataset: Path, options: list[str]) -> None:
     query = "SELECT a.row FROM range(20000) a(row)"
-    program = [sys.executable, "-m", "strapfmt.cli", "sql", str(dataset), query, *options]
+    program = [sys.executable, "-m", "strapfmt", "sql", str(dataset), query, *options]
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -740,7 +740,7 @@ def test_a_closed_pipe_is_no_problem_found(dataset: Path, options: list[str]) ->
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["head"]])
 def test_a_full_disk_behind_stdout_is_named(dataset: Path, arguments: list[str]) -> None:
-    program = [sys.executable, "-m", "strapfmt.cli", *arguments, str(dataset)]
+    program = [sys.executable, "-m", "strapfmt", *arguments, str(dataset)]
     with Path("/dev/full").open("wb") as full:
         ended = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert ended.returncode == 2

@@ -198,6 +198,7 @@ def test_a_killed_writer_is_raised_at_the_next_pass_and_the_model_goes_on(tmp_pa
         os.kill(pid_of(cap), signal.SIGKILL)
         wait_until(lambda: cap._engine.drain.failed)
         assert not is_running(pid_of(cap))
+        assert cap.stats.state == "failed"
         model(ids(1))
 
     with pytest.raises(DrainError, match=r"ChildProcessError: the process that writes .* SIGKILL"), cap:

@@ -433,6 +433,8 @@ def test_filters_choose_the_rows_of_gradients_as_of_values(tmp_path: Path) -> No
         assert rows == [1, 5, 7, 11, 25, 29, 31]
         assert_same_bits(found[site].tensor(), whole[site].tensor()[rows][:, [3, 0, -1]])
     assert {site.expected for site in cap.report.sites} == {7}
+    assert len({site.filtered for site in cap.report.sites}) == 1
+    assert cap.report.sites[0].filtered > 0
     again = strapfmt.capture(model, path, sites=RESID, backward=True, quiet=True, mode="append", **options)
     with again:
         run()

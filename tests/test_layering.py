@@ -34,6 +34,7 @@ LAYERS: list[set[str]] = [
     {"analysis", "interop"},
     {"strapfmt"},
     {"cli", "server", "instrumentation"},
+    {"__main__"},
 ]
 
 # What a line above would allow and the design does not.

@@ -259,9 +259,9 @@ def test_interrupts_while_spilling_leave_a_capture_that_works(tmp_path: Path, ga
                 arm(choose.uniform(0.0005, 0.02))
                 while goes_on():
                     model(ids(5))
+                arm(0.0)
             except KeyboardInterrupt:
                 n_interrupts += 1
-        arm(0.0)
         is_open.set()
         model(ids(5, 5000))
     assert n_interrupts > 20

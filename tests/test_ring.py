@@ -254,6 +254,7 @@ def test_interrupts_at_any_moment_leave_a_ring_that_works(thread: Callable[..., 
                 while goes_on():
                     put(ring, random.choice([64, 200, 500]), n_published % 256)
                     n_published += 1
+                arm(0.0)
             except Interrupted:
                 n_interrupts += 1
     assert put(ring, 1024, 1)

@@ -17,32 +17,36 @@ from strapfmt_capture import hooks as hooks_module
 from strapfmt_capture.ring import Ring
 from strapfmt_capture.rings import Rings
 from strapfmt_capture.small_values import Gatherer
-from strapfmt_capture.turn import Values
+from strapfmt_capture.turn import values_of
 
 SPEC = SiteSpec(name="s", dtype="float32", shape=(4,))
 ROWS = np.arange(2)
 
 
-def values_in(ring: Ring[Any]) -> list[tuple[int, list[float]]]:
-    items = ring.take(1 << 20, wait=False)
+def values_in(ring: Ring[Any]) -> list[tuple[list[int], list[float]]]:
+    """Rows and first numbers of each value that waits."""
     return [
-        (item.call, item.memory.view(item.start, torch.float32, (2, 4))[:, 0].tolist())
-        for item in items
-        if isinstance(item, Values)
+        (
+            values.rows.tolist(),
+            values.memory.view(values.start, torch.float32, (2, 4))[:, 0].tolist(),
+        )
+        for item in ring.take(1 << 20, wait=False)
+        for values in values_of([item])
+        if values.rows is not None
     ]
 
 
 def test_values_of_one_slot_come_out_one_by_one_and_in_order() -> None:
     ring: Ring[Any] = Ring(1 << 16)
     gatherer = Gatherer()
-    for call in range(40):  # more than the first slot has room for
-        x = torch.full((2, 4), float(call))
+    for number in range(40):  # more than the first slot has room for
+        x = torch.full((2, 4), float(number))
         assert gatherer.has_room(ring, x.nbytes, ROWS)
-        gatherer.add(SPEC, x, x.nbytes, call)
+        gatherer.add(SPEC, x, x.nbytes)
     gatherer.flush()
     gatherer.flush()
     ring.close()
-    assert values_in(ring) == [(call, [call, call]) for call in range(40)]
+    assert values_in(ring) == [([0, 1], [number, number]) for number in range(40)]
     ring.release(ring.position)
     assert ring.n_used == 0
 
@@ -50,13 +54,13 @@ def test_values_of_one_slot_come_out_one_by_one_and_in_order() -> None:
 def test_other_rows_have_a_slot_of_their_own() -> None:
     ring: Ring[Any] = Ring(1 << 16)
     gatherer = Gatherer()
-    for call, rows in enumerate([ROWS, ROWS + 2]):
-        x = torch.full((2, 4), float(call))
+    for number, rows in enumerate([ROWS, ROWS + 2]):
+        x = torch.full((2, 4), float(number))
         assert gatherer.has_room(ring, x.nbytes, rows)
-        gatherer.add(SPEC, x, x.nbytes, call)
+        gatherer.add(SPEC, x, x.nbytes)
     gatherer.flush()
     ring.close()
-    assert [item.rows.tolist() for item in ring.take(1 << 20)] == [[0, 1], [2, 3]]
+    assert values_in(ring) == [([0, 1], [0, 0]), ([2, 3], [1, 1])]
 
 
 def test_what_is_no_small_part_of_the_ring_goes_the_long_way() -> None:
@@ -71,13 +75,13 @@ def test_everything_else_comes_behind_what_was_gathered_before_it() -> None:
     rings = Rings(Ring(1 << 16))
     x = torch.ones(2, 4)
     assert rings.has_room(x.nbytes, ROWS)
-    rings.add_small(SPEC, x, x.nbytes, 7)
+    rings.add_small(SPEC, x, x.nbytes)
     slot = rings.of(torch.device("cpu")).reserve(64)
     assert slot is not None
     assert slot.start >= 64, "the slot of what was gathered is not given away"
     rings.publish(SPEC)
     items = rings.host.take(1 << 20, wait=False) or rings.host.take(1 << 20)
-    assert [type(item).__name__ for item in items] == ["Values", "SiteSpec"]
+    assert [type(item).__name__ for item in items] == ["Block", "SiteSpec"]
 
 
 @pytest.mark.parametrize("drain", ["thread", "process"])

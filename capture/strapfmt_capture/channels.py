@@ -45,13 +45,20 @@ class Channels:
             If it does not have the channels, or one is meant twice.
         """
         self._width, self._where = shape[-1] if shape else 0, where
-        numbers = self._numbers(self._width)
-        if not numbers or min(numbers) < 0 or max(numbers) >= self._width or len(set(numbers)) < len(numbers):
-            raise CaptureError(
-                f"{where}: channels: expected some of the {self._width} elements of the last dimension of a row, "
-                f"{list(shape)}, each once; got {self._index if isinstance(self._index, slice) else list(self._index)}"
-            )
-        return (*shape[:-1], len(numbers))
+        if (problem := self.problem(shape)) is not None:
+            raise CaptureError(f"{where}: channels: {problem}")
+        return (*shape[:-1], len(self._numbers(self._width)))
+
+    def problem(self, shape: tuple[int, ...]) -> str | None:
+        """Say why rows of a shape do not have the channels; None if they do."""
+        width = shape[-1] if shape else 0
+        numbers = self._numbers(width)
+        if numbers and min(numbers) >= 0 and max(numbers) < width and len(set(numbers)) == len(numbers):
+            return None
+        return (
+            f"expected some of the {width} elements of the last dimension of a row, {list(shape)}, each once; got "
+            f"{self._index if isinstance(self._index, slice) else list(self._index)}"
+        )
 
     def listed(self, info: SiteInfo) -> SiteInfo:
         """Return what a listing says of a site, for these channels; unchanged where its shape is not known."""

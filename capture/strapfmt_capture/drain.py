@@ -28,7 +28,16 @@ from strapfmt_capture.messages import ItemReader
 from strapfmt_capture.passes import Step, token_columns
 from strapfmt_capture.spill import SpillFile
 from strapfmt_capture.statistics import Columns, RowStatistics
-from strapfmt_capture.turn import Piece, Values, compute_statistics, merged, pieces_of, statistics_of
+from strapfmt_capture.turn import (
+    Block,
+    Piece,
+    Values,
+    compute_statistics,
+    merged,
+    pieces_of,
+    statistics_of,
+    values_of,
+)
 
 __all__ = ["Drain", "Progress", "Source", "turn_bytes"]
 
@@ -174,11 +183,11 @@ class Drain:
                 turn = self._intake.take(self._max_bytes, wait=True)
                 if turn is None:
                     return
-            values = [item for item in turn.items if isinstance(item, Values)]
-            statistics = compute_statistics(values, self._statistics)
+            parts = [(items, values_of(items)) for items in _parts(turn.items)]
+            statistics = compute_statistics([one for _, values in parts for one in values], self._statistics)
             self._writer.wait()
             self._release(written)
-            self._write(turn.items, statistics)
+            self._write(parts, statistics)
             written = _Turn([], turn.position, turn.spilled)
 
     def _release(self, turn: _Turn) -> None:
@@ -188,35 +197,34 @@ class Drain:
             self._progress.n_unspilled_bytes = turn.spilled
         self._tell()
 
-    def _write(self, items: Sequence[Item], statistics: Columns) -> None:
+    def _write(self, parts: Sequence[tuple[list[Item], list[Values]]], statistics: Columns) -> None:
         """Hand everything over; a commit, if it is due, comes behind the last step that is complete."""
-        ends = [place for place, item in enumerate(items) if _may_be_committed(item)]
-        n_whole = ends[-1] + 1 if ends else 0
-        self._write_items(items[:n_whole], statistics)
-        if any(isinstance(item, Boundary) and item.is_urgent for item in items[:n_whole]):
+        (whole, of_whole), (rest, of_rest) = parts
+        self._write_items(whole, of_whole, statistics)
+        if any(isinstance(item, Boundary) and item.is_urgent for item in whole):
             self._writer.commit()
-        elif n_whole:
+        elif whole:
             self._writer.end_step()
-        self._write_items(items[n_whole:], statistics)
-        self._count_passes(items)
+        self._write_items(rest, of_rest, statistics)
+        self._count_passes([*whole, *rest])
 
     def _count_passes(self, items: Sequence[Item]) -> None:
         progress = self._progress
         for item in items:
-            if isinstance(item, Values):
+            if isinstance(item, Values | Block):
                 self._pass_bytes += item.n_bytes
             elif isinstance(item, StepEnd):
                 progress.most_pass_bytes = max(progress.most_pass_bytes, self._pass_bytes)
                 self._pass_bytes = 0
 
-    def _write_items(self, items: Sequence[Item], statistics: Columns) -> None:
+    def _write_items(self, items: Sequence[Item], values: Sequence[Values], statistics: Columns) -> None:
         self._write_tables(items)
         for item in items:
             if isinstance(item, SiteSpec):
                 self._writer.add_site(item)
             elif isinstance(item, Annotation):
                 self._writer.mark(item.record)
-        pieces = list(pieces_of([item for item in items if isinstance(item, Values)]))
+        pieces = list(pieces_of(values))
         for piece, columns in zip(pieces, statistics_of(pieces, statistics), strict=True):
             self._write_piece(piece, columns)
         for item in items:
@@ -377,6 +385,13 @@ class _Intake:
 def turn_bytes(ring_bytes: int) -> int:
     """Return how many bytes of values a turn has, so that two of them leave most of the ring to the hooks."""
     return min(_TURN_BYTES, ring_bytes // _TURN_SHARE)
+
+
+def _parts(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+    """Cut what is taken at a time behind the last step that is complete."""
+    ends = [place for place, item in enumerate(items) if _may_be_committed(item)]
+    n_whole = ends[-1] + 1 if ends else 0
+    return list(items[:n_whole]), list(items[n_whole:])
 
 
 def _may_be_committed(item: Item) -> bool:

@@ -26,7 +26,7 @@ from strapfmt_capture.drain_process import ProcessDrain
 from strapfmt_capture.encoders import stacks_of
 from strapfmt_capture.groups import Group
 from strapfmt_capture.hookpoints import HookPoint, hook_points
-from strapfmt_capture.hooks import Hooks, OnFull
+from strapfmt_capture.hooks import Hooks
 from strapfmt_capture.items import Finish, Item
 from strapfmt_capture.live import CaptureStats, stats_of
 from strapfmt_capture.parallel import placements_of
@@ -37,6 +37,7 @@ from strapfmt_capture.rings import Rings
 from strapfmt_capture.rows import RowTracker
 from strapfmt_capture.selection import Selection
 from strapfmt_capture.steering import Steering
+from strapfmt_capture.steps import OnFull
 from strapfmt_capture.stopping import Stop
 from strapfmt_capture.texts import ForgivingTokenizer
 
@@ -210,7 +211,8 @@ class Engine:
 
     def stats(self, state: str) -> CaptureStats:
         """Return figures of this moment."""
-        return stats_of(self.hooks, self.drain, self.rings, state)
+        has_failed = state == "running" and self.drain.failed
+        return stats_of(self.hooks, self.drain, self.rings, "failed" if has_failed else state)
 
     def _check_account(self) -> None:
         """Raise if rows have got lost without a reason."""
@@ -243,7 +245,7 @@ class Engine:
                 **({"missed_steps": missed} if missed else {}),
                 **({"stopped": self.drain.space.note} if self.drain.space.note else {}),
                 **({"placements": placements} if placements else {}),
-                "devices": sorted(str(device) for device in self.hooks.devices),
+                "devices": sorted(str(device) for device in self.hooks.store.devices),
                 **self._spilled(),
                 "stall_s": self.rings.stall_s,
                 "peak_fill": self.rings.peak_fill,

@@ -20,10 +20,10 @@ from torch.utils.hooks import RemovableHandle, unserializable_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from strapfmt.errors import ArgumentError, CaptureError
+from strapfmt_capture.calls import OpenStep
 from strapfmt_capture.eager import checkpointed_call, is_repetition
 from strapfmt_capture.hookpoints import GRADIENT_SUFFIX, HookPoint
 from strapfmt_capture.placement import Cut, Layout, Placement
-from strapfmt_capture.steps import OpenStep
 
 __all__ = ["Awaited", "Backward", "Gradients", "with_gradients", "without_gradient"]
 

@@ -16,23 +16,20 @@ reach it.
 
 from __future__ import annotations
 
-import math
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from strapfmt.errors import CaptureError, CompiledModelError
 from strapfmt.schema import SiteSpec
 from strapfmt_capture.attention import watched
+from strapfmt_capture.calls import OpenStep
 from strapfmt_capture.channels import Channels
 from strapfmt_capture.compiled import (
     attached_around,
@@ -43,115 +40,23 @@ from strapfmt_capture.compiled import (
     original,
     untraced,
 )
-from strapfmt_capture.computed import expert_out, is_computing
+from strapfmt_capture.computed import is_computing
 from strapfmt_capture.drain_home import DrainHome
-from strapfmt_capture.eager import has_values, is_repetition
+from strapfmt_capture.eager import is_repetition
 from strapfmt_capture.encoders import stacks_of
-from strapfmt_capture.gradients import Awaited, Backward, Gradients
+from strapfmt_capture.gradients import Backward, Gradients
 from strapfmt_capture.heads import POSITIONS
 from strapfmt_capture.hookpoints import HookPoint
-from strapfmt_capture.placement import Cut, Layout, Placement, check_known, declare
-from strapfmt_capture.ring import Ring, Slot
 from strapfmt_capture.rings import Rings
 from strapfmt_capture.rows import RowTracker
 from strapfmt_capture.selection import Selection, Selector
-from strapfmt_capture.steps import OnFull, OpenStep, Steps
-from strapfmt_capture.turn import Values
+from strapfmt_capture.steps import OnFull, Steps
+from strapfmt_capture.storing import Store
+from strapfmt_capture.taps import Fit, Tap
 
-__all__ = ["Hooks", "OnFull", "Tap"]
+__all__ = ["Hooks"]
 
-# A tensor is copied in pieces of this share of the ring, so that a long prefill needs no more memory than the ring.
-_PIECE_SHARE = 8
-# Up to here a copy costs less than making a slot for it.
-_SMALL_BYTES = 64 << 10
 _NO_KWARGS: dict[str, Any] = {}
-_NOTHING = Placement(n_rows=0, index=None)
-
-
-@dataclass(slots=True, kw_only=True)
-class Tap:
-    """One site: where it is taken, what it holds, and what became of its rows.
-
-    Attributes
-    ----------
-    point : HookPoint
-    is_head : bool
-        Whether it may leave out all but the last positions.
-    channels : Channels or None
-        Which elements of its last dimension are stored.
-    in_encoder : bool
-        Whether it fires in the encoder of an encoder-decoder model.
-    layout : Layout or None
-        None until it has fired.
-    n_calls : int
-        How often it has fired.
-    expected, dropped : int
-        Rows it has produced that are wanted, and those not stored because the ring was full.
-    filtered : int
-        Rows it has produced that are not wanted.
-    n_missed : int
-        Complete steps in which it did not fire, of those that have tokens and are the encoder's, or not, like it.
-    attention : module and mapping, or None
-        Of a site that needs it: the attention module under way, and the positions it was given.
-    gradient : Tap or None
-        The site of its gradients, if they are stored.
-    gradients : Gradients or None
-        Of a site of gradients.
-    """
-
-    point: HookPoint
-    is_head: bool
-    channels: Channels | None = None
-    in_encoder: bool = False
-    layout: Layout | None = None
-    n_calls: int = 0
-    expected: int = 0
-    dropped: int = 0
-    filtered: int = 0
-    n_missed: int = 0
-    last_step: int = -1
-    attention: tuple[torch.nn.Module, Mapping[str, Any]] | None = None
-    gradient: Tap | None = None
-    gradients: Gradients | None = None
-    staged: tuple[torch.Tensor, ...] = ()
-    is_plain: bool = False
-    fit: _Fit | None = None
-
-    @property
-    def cuts_graph(self) -> bool:
-        """Whether what is computed for it is no code for a compiler."""
-        point = self.point
-        return point.compute is expert_out or point.rotary is not None or point.where == "attention"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Fit:
-    """What a tensor has to be like that is all rows of a batch at a site, and whether it is small."""
-
-    batch: tuple[int, ...]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    n_bytes: int
-    spec: SiteSpec
-    is_small: bool
-
-    @classmethod
-    def of(cls, tap: Tap, batch: tuple[int, ...]) -> _Fit | None:
-        """Return it, None as long as the site is not declared."""
-        layout = tap.layout
-        if layout is None:
-            return None
-        is_whole = layout.ndim is None and not layout.heads_first and not layout.spec.is_ragged
-        shape = batch + layout.shape
-        n_bytes = math.prod(shape) * layout.dtype.itemsize
-        return cls(
-            batch=batch,
-            shape=shape,
-            dtype=layout.dtype,
-            n_bytes=n_bytes,
-            spec=layout.spec,
-            is_small=is_whole and 0 < n_bytes <= _SMALL_BYTES,
-        )
 
 
 class Hooks:
@@ -176,6 +81,14 @@ class Hooks:
         Which rows are stored; None: all.
     channels : mapping of str to Channels
         By site, where not all are stored.
+
+    Attributes
+    ----------
+    taps : list of Tap
+        The sites.
+    store : Store
+    steps : Steps
+        The passes of the model, counted.
     """
 
     def __init__(
@@ -193,29 +106,9 @@ class Hooks:
         selection: Selection | None = None,
         channels: Mapping[str, Channels] = MappingProxyType({}),
     ) -> None:
-        at_head = set(heads)
-        self.taps = [
-            Tap(
-                point=point,
-                is_head=point.is_last or point.module_path in at_head,
-                channels=channels.get(point.site),
-            )
-            for point in points
-        ]
-        by_site = {tap.point.site: tap for tap in self.taps}
-        for tap in self.taps:
-            if tap.point.is_gradient:
-                tap.gradients = Gradients(
-                    where=f"site {tap.point.site!r} at {tap.point.hook_point}",
-                    store=partial(self._store_gradient, tap),
-                    drop=partial(self._drop_gradient, tap),
-                )
-                by_site[tap.point.of_value.site].gradient = tap
-        for tap in self.taps:
-            tap.is_plain = tap.point.is_plain and not tap.is_head and not tap.channels and not tap.gradient
         self._selector = None if selection is None else Selector(selection)
-        self.devices: set[torch.device] = set()
-        #: The passes of the model, counted.
+        self.store = Store(rings, selector=self._selector, codec=codec, statistics=statistics, known=known)
+        self.taps = _taps(points, set(heads), channels, self.store)
         self.steps = Steps(
             rings=rings,
             drain=drain,
@@ -225,7 +118,6 @@ class Hooks:
             selector=self._selector,
         )
         self._rings = rings
-        self._codec, self._statistics, self._known = codec, statistics, known
         self._is_over = False
         # What is kept of a pass that runs to be repeated, without this code, by a CUDA graph.
         self._recorded: list[tuple[Tap, torch.Tensor]] = []
@@ -515,7 +407,7 @@ class Hooks:
             return False
         fit = tap.fit
         if fit is None or fit.batch != open_step.batch:
-            fit = tap.fit = _Fit.of(tap, open_step.batch)
+            fit = tap.fit = Fit.of(tap, open_step.batch)
         if fit is None or not (
             fit.is_small
             and x.shape == fit.shape
@@ -531,10 +423,10 @@ class Hooks:
             # A second value of a step, from whichever thread, is refused on the long way.
             if tap.last_step == step.step or not self._rings.has_room(fit.n_bytes, step.rows):
                 return False
-            call, tap.last_step = tap.n_calls, step.step
-            tap.n_calls = call + 1
+            tap.last_step = step.step
+            tap.n_calls += 1
             tap.expected += len(step.rows)
-            self._rings.add_small(fit.spec, x, fit.n_bytes, call)
+            self._rings.add_small(fit.spec, x, fit.n_bytes)
         return True
 
     @untraced
@@ -571,111 +463,11 @@ class Hooks:
                     f"site {tap.point.site!r} at {tap.point.hook_point} fired outside a forward pass of the captured "
                     "model; call that model itself (not its forward method, and not a part of it), or capture the part"
                 )
-            self._take(tap, x, open_step, found)
-
-    def _take(
-        self, tap: Tap, x: torch.Tensor, open_step: OpenStep, found: torch.Tensor | None = None
-    ) -> None:
-        """Store `x`, what the site gave in a step, however it came here; `found` is the model's own tensor."""
-        if tap.point.is_flat:
-            x = _unflattened(x, open_step)
-        chosen = _last(open_step) if tap.point.is_last else open_step.chosen
-        layout = tap.layout or self._declare(tap, x, chosen, open_step)
-        x = layout.shaped(x)
-        is_whole = x.dtype is layout.dtype and x.shape == open_step.batch + layout.shape
-        if is_whole and layout.ndim is None and (chosen is None or not layout.is_head):
-            placed = open_step.whole
-        else:
-            placed = layout.place(x, open_step.step, chosen)
-        if self._selector is not None:
-            placed = self._wanted(self._selector, tap, placed, open_step)
-        call, cuts = self._store(tap, layout, x, placed, open_step)
-        if found is not None and placed.n_rows and tap.gradient is not None:
-            assert tap.gradient.gradients is not None
-            awaited = Awaited(layout=layout, placed=placed, cuts=cuts, call=call, step=open_step)
-            self._backward.await_one(tap.gradient.gradients, found, awaited)
-
-    def _wanted(self, selector: Selector, tap: Tap, placed: Placement, open_step: OpenStep) -> Placement:
-        """Return what is to be stored of a firing, and count the rest."""
-        stored = open_step.stored
-        if stored is None:
-            wanted = _NOTHING
-        elif placed.rows is None:
-            wanted = selector.own(placed, tap.expected - tap.dropped)
-        else:
-            is_whole = placed.rows is open_step.whole.rows
-            wanted = stored if is_whole else placed.among(stored.rows)
-        tap.filtered += placed.n_rows - wanted.n_rows
-        return wanted
-
-    def _store(
-        self, tap: Tap, layout: Layout, x: torch.Tensor, placed: Placement, open_step: OpenStep
-    ) -> tuple[int, Sequence[Cut] | None]:
-        """Store rows, and return the number of the call and how its value was cut."""
-        cuts: Sequence[Cut] | None = None
-        if layout.ndim is None and tap.last_step == open_step.step.step:
-            raise CaptureError(
-                f"site {tap.point.site!r} at {tap.point.hook_point} fired twice in one forward pass, which would "
-                "give its rows two values; capture a module that runs once, such as the ones around it"
-            )
-        call, tap.last_step = tap.n_calls, open_step.step.step
-        tap.n_calls += 1
-        tap.expected += placed.n_rows
-        if open_step.is_dropped:
-            tap.dropped += placed.n_rows
-            name = layout.spec.name
-            open_step.dropped[name] = open_step.dropped.get(name, 0) + placed.n_rows
-        elif placed.n_rows:
-            values = x.detach() if x.requires_grad else x
-            cuts = layout.cuts(values, placed, open_step.step) if layout.spec.is_ragged else None
-            self._copy_cut(layout, values, placed, cuts, call, open_step)
-        return call, cuts
-
-    def _copy_cut(
-        self,
-        layout: Layout,
-        x: torch.Tensor,
-        placed: Placement,
-        cuts: Sequence[Cut] | None,
-        call: int,
-        open_step: OpenStep,
-    ) -> None:
-        if cuts is None:
-            self._copy(layout, x, placed, call, open_step)
-            return
-        for cut in cuts:
-            self._copy(layout, cut.of(x), cut.placed, call, open_step)
-
-    def _store_gradient(self, tap: Tap, awaited: Awaited, gradient: torch.Tensor) -> None:
-        layout, placed = tap.layout or self._declare_gradient(tap, awaited.layout), awaited.placed
-        if not has_values(gradient) or gradient.dtype is not layout.dtype:
-            raise CaptureError(
-                f"site {tap.point.site!r} at {tap.point.hook_point}: expected a plain dense gradient of "
-                f"{layout.dtype}, as the value is, found a {type(gradient).__name__} ({gradient.layout}, "
-                f"{gradient.dtype}); leave the site out"
-            )
-        x = tap.point.shaped(gradient.detach())
-        x = layout.shaped(_unflattened(x, awaited.step) if tap.point.is_flat else x)
-        tap.n_calls += 1
-        tap.expected += placed.n_rows
-        self._copy_cut(layout, x, placed, awaited.cuts, awaited.call, awaited.step)
-
-    def _drop_gradient(self, tap: Tap, awaited: Awaited) -> None:
-        """Count a gradient that is not stored, as its value was not."""
-        layout = tap.layout or self._declare_gradient(tap, awaited.layout)
-        n_rows, dropped = awaited.placed.n_rows, awaited.step.dropped
-        tap.n_calls += 1
-        tap.expected += n_rows
-        tap.dropped += n_rows
-        dropped[layout.spec.name] = dropped.get(layout.spec.name, 0) + n_rows
-
-    def _declare_gradient(self, tap: Tap, value: Layout) -> Layout:
-        point = tap.point
-        spec = replace(value.spec, name=point.site, hook_point=point.hook_point)
-        check_known(self._known.get(point.site), spec)
-        tap.layout = replace(value, spec=spec, where=point.hook_point)
-        self._rings.publish(spec)
-        return tap.layout
+            awaited = self.store.take(tap, x, open_step)
+            if found is not None and awaited is not None:
+                assert tap.gradient is not None
+                assert tap.gradient.gradients is not None
+                self._backward.await_one(tap.gradient.gradients, found, awaited)
 
     def _count_missed(self, open_step: OpenStep) -> None:
         """Count the sites with rows of tokens that did not fire in a step that has ended."""
@@ -689,122 +481,37 @@ class Hooks:
                 is_elsewhere = tap.in_encoder != (step.phase == "encode")
                 tap.n_missed += tap.last_step != step.step and not is_own and not is_elsewhere
 
-    def _declare(
-        self, tap: Tap, x: torch.Tensor, chosen: npt.NDArray[np.int64] | None, open_step: OpenStep
-    ) -> Layout:
-        layout = declare(
-            tap.point,
-            x,
-            open_step.step,
-            is_head=tap.is_head,
-            codec=self._codec,
-            statistics=self._statistics,
-            known=self._known.get(tap.point.site),
-            chosen=chosen,
-            channels=tap.channels,
-        )
-        if self._selector is not None and layout.ndim is not None:
-            self._selector.selection.check_own(tap.point.site, tap.point.hook_point)
-        self._rings.publish(layout.spec)  # first: an interrupt between the two only makes it known twice
-        tap.layout = layout
-        self.devices.add(x.device)
-        return layout
 
-    def _copy(
-        self, layout: Layout, x: torch.Tensor, placed: Placement, call: int, open_step: OpenStep
-    ) -> None:
-        shape = tuple(x.shape[x.ndim - len(layout.shape) :])
-        row_bytes = math.prod(shape) * x.dtype.itemsize
-        ring, most = self._rings.of(x.device), self._rings.most_bytes
-        if row_bytes > most:
-            raise CaptureError(
-                f"site {layout.spec.name!r} at {layout.where}: one row has {row_bytes} bytes, more than the whole ring "
-                f"of {most}; raise host_ring_bytes, and gpu_ring_bytes if the model is on a GPU"
+def _taps(
+    points: Iterable[HookPoint], heads: Collection[str], channels: Mapping[str, Channels], store: Store
+) -> list[Tap]:
+    """Return what is known of each site before it has fired."""
+    taps = [
+        Tap(
+            point=point,
+            is_head=point.is_last or point.module_path in heads,
+            channels=channels.get(point.site),
+        )
+        for point in points
+    ]
+    by_site = {tap.point.site: tap for tap in taps}
+    for tap in taps:
+        if tap.point.is_gradient:
+            tap.gradients = Gradients(
+                where=f"site {tap.point.site!r} at {tap.point.hook_point}",
+                store=partial(store.store_gradient, tap),
+                drop=partial(store.drop_gradient, tap),
             )
-        n_rows = max(most // _PIECE_SHARE // row_bytes, 1)
-        if placed.index is None and placed.n_rows <= n_rows:
-            slot = ring.reserve(placed.n_rows * row_bytes)
-            if slot is not None:
-                ring.copy_in(slot.start, x)
-                self._publish(layout, x, shape, placed, call, ring, slot, slice(None))
-            return
-        index = None if placed.index is None else _index(placed.index, x.device, open_step)
-        flat = x.reshape(-1, *shape)
-        for start in range(0, placed.n_rows, n_rows):
-            part = slice(start, min(start + n_rows, placed.n_rows))
-            slot = ring.reserve((part.stop - start) * row_bytes)
-            if slot is None:
-                return
-            _gather(flat, index, part, ring.view(slot.start, x.dtype, (part.stop - start, *shape)))
-            self._publish(layout, x, shape, placed, call, ring, slot, part)
-
-    def _publish(
-        self,
-        layout: Layout,
-        x: torch.Tensor,
-        shape: tuple[int, ...],
-        placed: Placement,
-        call: int,
-        ring: Ring[Any],
-        slot: Slot,
-        part: slice,
-    ) -> None:
-        start, stop, _ = part.indices(placed.n_rows)
-        values = Values(
-            spec=layout.spec,
-            dtype=x.dtype,
-            shape=shape,
-            n_rows=stop - start,
-            memory=ring.memory,
-            start=slot.start,
-            rows=None if placed.rows is None else placed.rows[part],
-            token_row=None if placed.token_row is None else placed.token_row[part],
-            call=call,
-        )
-        self._rings.put(ring, values, slot)
-
-
-def _unflattened(x: torch.Tensor, open_step: OpenStep) -> torch.Tensor:
-    """Return `[n_sequences * n_query, *]` as `[n_sequences, n_query, *]`; what is not that stays as it is."""
-    is_of_tokens = open_step.step.is_language and x.shape[:1] == (math.prod(open_step.batch),)
-    return x.reshape(*open_step.batch, *x.shape[1:]) if is_of_tokens else x
-
-
-def _last(open_step: OpenStep) -> npt.NDArray[np.int64] | None:
-    """Return the last position of the pass; None if it has no other."""
-    step = open_step.step
-    return np.array([step.n_query - 1]) if step.is_language and step.n_query > 1 else None
+            by_site[tap.point.of_value.site].gradient = tap
+    for tap in taps:
+        tap.is_plain = tap.point.is_plain and not tap.is_head and not tap.channels and not tap.gradient
+    return taps
 
 
 def _is_graph_made() -> bool:
     """Whether what runs now is not computed but put into a CUDA graph."""
     is_used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return is_used and torch.cuda.is_current_stream_capturing()
-
-
-def _gather(flat: torch.Tensor, index: torch.Tensor | None, part: slice, out: torch.Tensor) -> None:
-    """Copy rows `part`, or those that the index names for it, into ring memory."""
-    if index is None:
-        out.copy_(flat[part])
-    elif flat.device == out.device:
-        torch.index_select(flat, 0, index[part], out=out)
-    else:
-        out.copy_(flat.index_select(0, index[part]))
-
-
-def _index(index: npt.NDArray[np.int64], device: torch.device, open_step: OpenStep) -> torch.Tensor:
-    """Return places as a tensor on `device`; those of the step's wanted tokens are moved there once."""
-    if open_step.stored is None or index is not open_step.stored.index:
-        return _sent(index, device)
-    if device not in open_step.index:
-        open_step.index[device] = _sent(index, device)
-    return open_step.index[device]
-
-
-def _sent(index: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
-    """Return places as a tensor on `device`, for which a GPU's stream does not wait."""
-    places = torch.from_numpy(index)
-    return places.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else places.to(device)
 
 
 class _NoHooks:

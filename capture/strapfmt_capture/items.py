@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from strapfmt.schema import SiteSpec
 from strapfmt_capture.passes import Column, Step
-from strapfmt_capture.turn import Values
+from strapfmt_capture.turn import Block, Values
 
 __all__ = ["Annotation", "Boundary", "Events", "Finish", "Item", "Spilled", "StepEnd", "StepStart"]
 
@@ -73,4 +73,6 @@ class Finish:
     seen: Mapping[str, int]
 
 
-Item: TypeAlias = SiteSpec | StepStart | Values | StepEnd | Events | Boundary | Annotation | Spilled | Finish
+Item: TypeAlias = (
+    SiteSpec | StepStart | Values | Block | StepEnd | Events | Boundary | Annotation | Spilled | Finish
+)

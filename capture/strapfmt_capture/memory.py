@@ -97,6 +97,13 @@ class Memory:
         flat = self.bytes[first : first + math.prod(shape) * dtype.itemsize]
         return flat.view(dtype).reshape(shape)
 
+    def blocks(
+        self, start: int, dtype: np.dtype[Any], shape: tuple[int, ...], n_blocks: int, stride: int
+    ) -> npt.NDArray[Any]:
+        """Return arrays of one shape, each `stride` bytes behind the one before, as a view `[n_blocks, *shape]`."""
+        strides = (stride, *(step * dtype.itemsize for step in _strides(shape)))
+        return np.ndarray((n_blocks, *shape), dtype, self.bytes, start % self.n_bytes, strides)
+
     def address_of(self, start: int) -> int:
         """Return the address of position `start`, in host memory."""
         return self._address + start % self.n_bytes

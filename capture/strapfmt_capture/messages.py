@@ -23,7 +23,7 @@ from strapfmt_capture.items import (
 )
 from strapfmt_capture.memory import Memory
 from strapfmt_capture.passes import Column, Step, Tokens
-from strapfmt_capture.turn import Values
+from strapfmt_capture.turn import Block, Values
 
 __all__ = ["ItemReader", "encode_items"]
 
@@ -75,6 +75,11 @@ class ItemReader:
             token_row=self._column(token_row),
             call=call,
         )
+
+    def _block(self, fields: Sequence[_Json], memory: Memory) -> Block:
+        sites, start, rows = fields
+        specs = [self._specs[site] for site in sites]
+        return Block(specs=specs, memory=memory, start=start, rows=self._column(rows))
 
     def _start(self, fields: Sequence[_Json], memory: Memory) -> StepStart:
         step, tokens, sequences, events = fields
@@ -157,6 +162,7 @@ class ItemReader:
 _READERS: dict[str, Callable[[ItemReader, Sequence[_Json], Memory], Item]] = {
     "site": ItemReader._site,
     "values": ItemReader._values,
+    "block": ItemReader._block,
     "start": ItemReader._start,
     "end": ItemReader._end,
     "events": ItemReader._events,
@@ -178,6 +184,8 @@ class _ItemWriter:
             shape = item.shape if item.spec.is_ragged else None
             rows, token_row = self.column(item.rows), self.column(item.token_row)
             return ["values", item.spec.name, shape, item.n_rows, item.start, rows, token_row, item.call]
+        if isinstance(item, Block):
+            return ["block", [spec.name for spec in item.specs], item.start, self.column(item.rows)]
         if isinstance(item, StepStart):
             step = item.step
             tokens = None if step.tokens is None else self.columns(_fields(step.tokens))

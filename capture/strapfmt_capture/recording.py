@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from strapfmt_capture.hooks import Hooks, Tap
+from strapfmt_capture.hooks import Hooks
+from strapfmt_capture.taps import Tap
 
 __all__ = ["Recording"]
 

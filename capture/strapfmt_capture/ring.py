@@ -15,16 +15,14 @@ import math
 import os
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 from strapfmt.errors import ArgumentError
 from strapfmt.spec import ALIGNMENT_BYTES
 from strapfmt_capture.memory import Memory, aligned
 
-__all__ = ["LINGER_S", "RING_BYTES", "Bundle", "Ring", "Signal", "Slot"]
+__all__ = ["LINGER_S", "RING_BYTES", "Ring", "Signal", "Slot"]
 
 RING_BYTES = 256 << 20
 # The consumer is woken for this share of the ring, or for whatever there is after so long: each turn it takes costs
@@ -43,15 +41,6 @@ class Slot(NamedTuple):
 
     start: int
     stop: int
-
-
-class Bundle(ABC, Generic[Item]):
-    """Items that are handed over at once, in one slot; `Ring.take` gives them one by one."""
-
-    __slots__ = ()
-
-    @abstractmethod
-    def __iter__(self) -> Iterator[Item]: ...
 
 
 class Ring(Generic[Item]):
@@ -106,7 +95,7 @@ class Ring(Generic[Item]):
         #: Views of the memory, and a copy into it, from a position; see `Memory`.
         self.view, self.array, self.copy_in = self.memory.view, self.memory.array, self.memory.copy_in
         self._worthwhile_bytes = min(_WORTHWHILE_BYTES, int(self.n_bytes * _WORTHWHILE_SHARE))
-        self._items: deque[tuple[Item | Bundle[Item], int]] = deque()
+        self._items: deque[tuple[Item, int]] = deque()
         self._taken = 0
         self._released = 0
         self._is_pressed = self._is_closed = self._is_aborted = False
@@ -154,7 +143,7 @@ class Ring(Generic[Item]):
         slot = self._place(needed)
         return self._wait_for_place(needed) if slot is None and not self._is_aborted else slot
 
-    def publish(self, item: Item | Bundle[Item], slot: Slot | None = None) -> None:
+    def publish(self, item: Item, slot: Slot | None = None) -> None:
         """Hand over `item`, and the filled `slot` it speaks of."""
         with self._lock:
             stop = self._head() if slot is None else slot.stop
@@ -216,7 +205,7 @@ class Ring(Generic[Item]):
             return []
         with self._lock:
             self._is_pressed = False
-            taken: list[Item | Bundle[Item]] = []
+            taken: list[Item] = []
             first = self._taken
             while (
                 self._items and not self._is_aborted and (not taken or self._items[0][1] - first <= max_bytes)
@@ -224,7 +213,7 @@ class Ring(Generic[Item]):
                 item, stop = self._items.popleft()
                 self._taken = max(self._taken, stop)
                 taken.append(item)
-        return [each for item in taken for each in (item if isinstance(item, Bundle) else (item,))]
+        return taken
 
     @property
     def position(self) -> int:

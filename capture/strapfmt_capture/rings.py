@@ -122,9 +122,9 @@ class Rings:
         """Whether a small value in host memory, one of these rows, can be given to `add_small` now."""
         return not self.devices and self._small.has_room(self._sink, n_bytes, rows)
 
-    def add_small(self, spec: SiteSpec, x: torch.Tensor, n_bytes: int, call: int) -> None:
+    def add_small(self, spec: SiteSpec, x: torch.Tensor, n_bytes: int) -> None:
         """Copy a contiguous tensor in host memory, for which `has_room` has made room."""
-        self._small.add(spec, x, n_bytes, call)
+        self._small.add(spec, x, n_bytes)
 
     def divert(self, is_full: bool) -> bool:
         """Let what comes next be spilled, if the host's ring is full, or go there again; return which.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +10,11 @@ import torch
 
 from strapfmt.schema import SiteSpec
 from strapfmt_capture.items import Item
-from strapfmt_capture.memory import Memory, aligned
-from strapfmt_capture.ring import Bundle, Ring, Slot
-from strapfmt_capture.turn import Values
+from strapfmt_capture.memory import aligned
+from strapfmt_capture.ring import Ring, Slot
+from strapfmt_capture.turn import Block
 
-__all__ = ["Gathered", "Gatherer"]
+__all__ = ["Gatherer"]
 
 # Room for so many values of the first one's size, until it is known how many there are.
 _FIRST_VALUES = 16
@@ -27,31 +26,6 @@ _copy = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, cty
 )
 
 
-class Gathered(Bundle[Item]):
-    """Values of several sites at the same rows; as items they are `Values`."""
-
-    __slots__ = ("_entries", "_memory", "_rows")
-
-    def __init__(
-        self, memory: Memory, rows: npt.NDArray[np.int64], entries: list[tuple[SiteSpec, int, int]]
-    ) -> None:
-        self._memory, self._rows, self._entries = memory, rows, entries
-
-    def __iter__(self) -> Iterator[Item]:
-        for spec, start, call in self._entries:
-            yield Values(
-                spec=spec,
-                dtype=spec.stored_dtype.torch,
-                shape=spec.shape,
-                n_rows=len(self._rows),
-                memory=self._memory,
-                start=start,
-                rows=self._rows,
-                token_row=None,
-                call=call,
-            )
-
-
 class Gatherer:
     """Copies values to one slot of a ring, one behind the other, and publishes them together.
 
@@ -60,7 +34,7 @@ class Gatherer:
     """
 
     def __init__(self) -> None:
-        self._entries: list[tuple[SiteSpec, int, int]] = []
+        self._specs: list[SiteSpec] = []
         self._rows = np.empty(0, np.int64)
         self._ring: Ring[Item] | None = None
         self._start = self._used = self._room = self._address = 0
@@ -76,17 +50,17 @@ class Gatherer:
         slot = ring.reserve(room) if n_bytes <= room else None
         if slot is None:
             return False
-        self._ring, self._rows, self._entries = ring, rows, []
+        self._ring, self._rows, self._specs = ring, rows, []
         self._start, self._used, self._room = slot.start, 0, room
         self._address = ring.memory.address_of(slot.start)
         return True
 
-    def add(self, spec: SiteSpec, x: torch.Tensor, n_bytes: int, call: int) -> None:
+    def add(self, spec: SiteSpec, x: torch.Tensor, n_bytes: int) -> None:
         """Copy contiguous host memory; there is room for it."""
         used = self._used
         _copy(self._address + used, x.data_ptr(), n_bytes)
         self._used = used + aligned(n_bytes)
-        self._entries.append((spec, self._start + used, call))
+        self._specs.append(spec)
 
     def flush(self) -> None:
         """Publish what was gathered."""
@@ -94,6 +68,6 @@ class Gatherer:
         if ring is not None:
             used, self._room = self._used, 0
             self._last_used = max(used, self._last_used)
-            if self._entries:
-                bundle = Gathered(ring.memory, self._rows, self._entries)
-                ring.publish(bundle, Slot(self._start, self._start + used))
+            if self._specs:
+                block = Block(specs=self._specs, memory=ring.memory, start=self._start, rows=self._rows)
+                ring.publish(block, Slot(self._start, self._start + used))

@@ -25,7 +25,7 @@ from strapfmt_capture.items import Item, Spilled
 from strapfmt_capture.memory import Memory, aligned
 from strapfmt_capture.messages import ItemReader, encode_items
 from strapfmt_capture.ring import Ring
-from strapfmt_capture.turn import Values
+from strapfmt_capture.turn import Block, Values
 
 __all__ = ["Spill", "SpillFile"]
 
@@ -190,13 +190,13 @@ class Spill:
     def _carry(self, items: Sequence[Item]) -> None:
         """Move items to the main ring, waiting for space there."""
         for item in items:
-            if not isinstance(item, Values):
+            if not isinstance(item, Values | Block):
                 self._main.publish(item)
                 continue
-            slot = self._main.reserve(item.n_bytes)
+            slot = self._main.reserve(item.extent)
             if slot is None:
                 return
-            self._main.array(slot.start, np.dtype(np.uint8), (item.n_bytes,))[:] = _bytes_of(item)
+            self._main.array(slot.start, np.dtype(np.uint8), (item.extent,))[:] = _bytes_of(item)
             self._main.publish(replace(item, memory=self._main.memory, start=slot.start), slot)
 
 
@@ -206,17 +206,17 @@ def _placed(items: Sequence[Item]) -> tuple[list[Item], list[npt.NDArray[np.uint
     pieces: list[npt.NDArray[np.uint8]] = []
     at = 0
     for item in items:
-        if isinstance(item, Values):
+        if isinstance(item, Values | Block):
             pieces.append(_bytes_of(item))
             placed.append(replace(item, start=at))
-            at += aligned(item.n_bytes)
+            at += aligned(item.extent)
         else:
             placed.append(item)
     return placed, pieces
 
 
-def _bytes_of(values: Values) -> npt.NDArray[np.uint8]:
-    return values.memory.array(values.start, np.dtype(np.uint8), (values.n_bytes,))
+def _bytes_of(values: Values | Block) -> npt.NDArray[np.uint8]:
+    return values.memory.array(values.start, np.dtype(np.uint8), (values.extent,))
 
 
 def _write(fd: int, data: bytes | memoryview, at: int) -> int:

@@ -15,24 +15,23 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from strapfmt.errors import CaptureError, CompiledModelError, DiskSpaceError, RingFullError
+from strapfmt_capture.calls import Call, OpenStep, call_of, is_on_stack, kept_of, positions_of
 from strapfmt_capture.compiled import resumed
 from strapfmt_capture.drain_home import DrainHome
 from strapfmt_capture.dropped import INTERRUPTED, RING_FULL
 from strapfmt_capture.eager import is_repetition
-from strapfmt_capture.inputs import Inputs, named_arguments, read_inputs
+from strapfmt_capture.inputs import named_arguments, read_inputs
 from strapfmt_capture.items import Boundary, Events, StepEnd, StepStart
-from strapfmt_capture.passes import Step
 from strapfmt_capture.placement import Placement
 from strapfmt_capture.rings import FULL_SHARE, Rings
 from strapfmt_capture.rows import RowTracker
@@ -43,47 +42,6 @@ __all__ = ["OnFull", "OpenStep", "Steps"]
 OnFull = Literal["block", "drop", "raise", "spill"]
 
 _REASON_CHARS = 500
-
-
-@dataclass(slots=True, kw_only=True)
-class OpenStep:
-    """A step that has begun; `whole` are the rows of a tensor that begins with the sizes of the `batch`.
-
-    `chosen` are the positions at which the head computes, None if it computes all. `stored` are those of `whole` that
-    are wanted, None if nothing of the step is. `takes_all`: all rows of a whole tensor are stored.
-    """
-
-    step: Step
-    batch: tuple[int, ...]
-    whole: Placement
-    chosen: npt.NDArray[np.int64] | None
-    stored: Placement | None
-    is_dropped: bool = False
-    takes_all: bool = False
-    dropped: dict[str, int] = field(default_factory=dict)
-    index: dict[torch.device, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Call:
-    """A call under way: its own frame, that of the language model in it, what that is given and has returned.
-
-    `kept` is what the head is told to compute, `whole_kept` what the outermost call was told.
-    """
-
-    frame: FrameType
-    model_frame: FrameType
-    exception: BaseException | None
-    module: torch.nn.Module
-    inputs: Inputs | None
-    kept: Any
-    whole_kept: Any
-    started_ns: int
-    started_s: float
-    output: Any = None
-    open: OpenStep | None = None
-    #: What has been said of its end: an interrupt right behind that lets it be said again, and not another thing.
-    end: StepEnd | None = None
 
 
 class Steps:
@@ -128,7 +86,7 @@ class Steps:
         self._rings, self._drain, self._tracker = rings, drain, tracker
         self.n_spilled_steps, self.n_paused_passes, self.is_paused = 0, 0, False
         self._on_full, self._on_complete, self._selector = on_full, on_complete, selector
-        self._call: _Call | None = None
+        self._call: Call | None = None
         self.under_way: OpenStep | None = None
         #: The outermost call under way while paused.
         self._passed_by: FrameType | None = None
@@ -171,7 +129,7 @@ class Steps:
                 return
             self._end(call, "abandoned", INTERRUPTED)
         self._thread = threading.get_ident()
-        self._call = _called(module, args, kwargs, frame, frame, sys.exception())
+        self._call = call_of(module, args, kwargs, frame, frame, sys.exception())
         self.ends_in_graph = cuts_graph
 
     def leave(self, output: Any, frame: FrameType) -> None:
@@ -217,9 +175,9 @@ class Steps:
             If `what` was called inside a pass.
         """
         frame, call = sys._getframe(1), self._call
-        if call is not None and (threading.get_ident() != self._thread or _is_on_stack(call.frame, frame)):
+        if call is not None and (threading.get_ident() != self._thread or is_on_stack(call.frame, frame)):
             raise CaptureError(f"{what} was called inside a forward pass; call it between passes")
-        if self._passed_by is not None and _is_on_stack(self._passed_by, frame):
+        if self._passed_by is not None and is_on_stack(self._passed_by, frame):
             raise CaptureError(f"{what} was called inside a forward pass; call it between passes")
         self._passed_by = None
         if call is not None:
@@ -283,27 +241,27 @@ class Steps:
 
     # Inside.
 
-    def _is_inside(self, call: _Call, frame: FrameType) -> bool:
+    def _is_inside(self, call: Call, frame: FrameType) -> bool:
         """Whether a call lies inside that of the open step; raise if it comes from another thread."""
         if threading.get_ident() != self._thread:
             raise CaptureError(
                 "two threads run the captured model at once, and rows cannot be told apart; give each thread its "
                 "own copy of the model and its own capture with a rank of its own"
             )
-        return _is_on_stack(call.frame, frame)
+        return is_on_stack(call.frame, frame)
 
     def _enter_inside(
         self,
-        call: _Call,
+        call: Call,
         module: torch.nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         frame: FrameType,
     ) -> None:
         """A language model is called inside a call: its tokens are those of the step."""
-        if not _is_on_stack(call.model_frame, frame):
+        if not is_on_stack(call.model_frame, frame):
             self._end_well(call)
-            self._call = _called(module, args, kwargs, call.frame, frame, call.exception)
+            self._call = call_of(module, args, kwargs, call.frame, frame, call.exception)
             self._call.whole_kept = call.whole_kept
             if self._call.kept is None:
                 self._call.kept = call.whole_kept
@@ -311,7 +269,7 @@ class Steps:
         call.model_frame = frame
         given = named_arguments(module, args, kwargs)
         if call.open is None:
-            kept = _kept(given)
+            kept = kept_of(given)
             call.kept = call.kept if kept is None else kept
         if call.inputs is not None and call.inputs.is_read_from(given):
             return
@@ -332,7 +290,7 @@ class Steps:
 
     def _pass_by(self, frame: FrameType) -> None:
         """Count a pass that is not recorded; calls inside it are part of it."""
-        if self._passed_by is None or not _is_on_stack(self._passed_by, frame):
+        if self._passed_by is None or not is_on_stack(self._passed_by, frame):
             self.n_paused_passes += 1
             self._passed_by = frame
 
@@ -349,7 +307,7 @@ class Steps:
                 self._rings.publish(Boundary(is_urgent=True))
             raise
 
-    def _begin(self, call: _Call) -> OpenStep:
+    def _begin(self, call: Call) -> OpenStep:
         self._drain.check()
         self._check_space()
         self._rings.check()
@@ -370,7 +328,7 @@ class Steps:
             step=step,
             batch=(step.n_sequences, step.n_query),
             whole=whole,
-            chosen=_positions(call.kept, step.n_query) if step.is_language else None,
+            chosen=positions_of(call.kept, step.n_query) if step.is_language else None,
             stored=None if self._selector else whole,
         )
         try:
@@ -394,7 +352,7 @@ class Steps:
         self.n_tokens += len(step.rows)
         self._rings.publish(StepStart(step=step))
 
-    def _end_well(self, call: _Call) -> None:
+    def _end_well(self, call: Call) -> None:
         open_step = call.open or self._begin(call)
         if open_step.is_dropped:
             self._end(call, "dropped", RING_FULL)
@@ -402,7 +360,7 @@ class Steps:
             self._on_complete(open_step)
             self._end(call, "complete", None)
 
-    def _end(self, call: _Call, status: str, reason: str | None) -> None:
+    def _end(self, call: Call, status: str, reason: str | None) -> None:
         if call.open is not None:  # else it was cut off before anything happened
             if call.end is None:
                 call.end = StepEnd(
@@ -418,57 +376,6 @@ class Steps:
             self._tracker.end(call.end.status, call.end.reason)
             self._rings.publish(call.end)
         self._call = self.under_way = None
-
-
-def _called(
-    module: torch.nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    frame: FrameType,
-    model_frame: FrameType,
-    exception: BaseException | None,
-) -> _Call:
-    given = named_arguments(module, args, kwargs)
-    kept = _kept(given)
-    return _Call(
-        frame=frame,
-        model_frame=model_frame,
-        exception=exception,
-        module=module,
-        inputs=read_inputs(module, given),
-        kept=kept,
-        whole_kept=kept,
-        started_ns=time.time_ns(),
-        started_s=time.perf_counter(),
-    )
-
-
-def _is_on_stack(wanted: FrameType, frame: FrameType | None) -> bool:
-    while frame is not None and frame is not wanted:
-        frame = frame.f_back
-    return frame is not None
-
-
-def _kept(given: Mapping[str, Any]) -> Any:
-    """Return what the head is told to compute, as Hugging Face calls it now and did before."""
-    kept = given.get("logits_to_keep")
-    return given.get("num_logits_to_keep") if kept is None else kept
-
-
-def _positions(kept: Any, n_query: int) -> npt.NDArray[np.int64] | None:
-    """Return the positions that `logits_to_keep` means, None if it means all of them or nothing that is known."""
-    if isinstance(kept, int):
-        if kept == 0 or kept >= n_query:
-            return None
-        kept = slice(-kept, None)
-    if not isinstance(kept, (slice, list, torch.Tensor)):
-        return None
-    chosen = kept.cpu().numpy() if isinstance(kept, torch.Tensor) else kept
-    try:
-        positions: npt.NDArray[np.int64] = np.arange(n_query)[chosen].reshape(-1)
-    except IndexError:  # the model is about to say so itself
-        return None
-    return None if np.array_equal(positions, np.arange(n_query)) else positions
 
 
 def _reason(error: BaseException | None) -> str:

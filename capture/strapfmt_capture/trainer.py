@@ -13,7 +13,8 @@ from strapfmt.arguments import as_integer
 from strapfmt.errors import ArgumentError, CaptureError
 from strapfmt.extras import require
 from strapfmt_capture.arguments import as_flag
-from strapfmt_capture.session import Capture, capture
+from strapfmt_capture.opening import capture
+from strapfmt_capture.session import Capture
 
 require("transformers", "hf", "the Trainer callback")
 from transformers import TrainerCallback  # noqa: E402 - after the error that names the extra

@@ -1,0 +1,5 @@
+"""Runs the command line as `python -m strapfmt`."""
+
+from strapfmt.cli import main
+
+main()
