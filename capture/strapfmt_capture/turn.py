@@ -212,7 +212,8 @@ def compute_statistics(values: Sequence[Values], statistics: RowStatistics) -> C
 def statistics_of(pieces: Sequence[Piece], columns: Columns) -> Iterator[Columns]:
     """Give each piece its part of the statistics of the turn; these are put in order once for all pieces."""
     places = [one.places() for piece in pieces for one in piece.values if one.spec.statistics]
-    ordered = {name: column[np.concatenate(places)] for name, column in columns.items()} if places else {}
+    order = np.concatenate(places) if places else np.empty(0, np.int64)
+    ordered = {name: column[order] for name, column in columns.items()}
     at = 0
     for piece in pieces:
         n_rows = piece.n_rows if piece.spec.statistics else 0
