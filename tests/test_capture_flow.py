@@ -23,6 +23,7 @@ from strapfmt.errors import CaptureError, DrainError, RingFullError, WriteError
 from strapfmt.reader import Reader
 from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
+from strapfmt_capture import small_values
 from strapfmt_capture.items import StepEnd
 from strapfmt_capture.session import Capture
 
@@ -535,3 +536,24 @@ def test_an_interrupt_right_behind_the_end_of_a_step_does_not_end_it_twice(
     statuses = [step["status"] for step in Reader(tmp_path / "x.strap").steps.to_arrow().to_pylist()]
     assert statuses == ["complete" if is_first_complete else "abandoned", "complete"]
     assert cap.report.n_abandoned_steps == statuses.count("abandoned")
+
+
+def test_values_that_an_interrupt_cuts_off_at_the_end_of_a_step_are_not_those_of_a_complete_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, cap = capture(tmp_path)
+
+    def strike(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with cap:
+        model(ids(1))  # known sites go the short way
+        with monkeypatch.context() as patch:
+            patch.setattr(small_values, "Block", strike)
+            with pytest.raises(KeyboardInterrupt):
+                model(ids(3, 10))
+        model(ids(2, 20))
+    statuses = [step["status"] for step in Reader(tmp_path / "x.strap").steps.to_arrow().to_pylist()]
+    assert statuses == ["complete", "abandoned", "complete"]
+    assert {(site.expected, site.written, site.dropped) for site in cap.report.sites} == {(6, 3, 3)}
+    assert_consistent(Reader(tmp_path / "x.strap"))

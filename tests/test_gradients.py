@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -439,6 +441,17 @@ def test_filters_choose_the_rows_of_gradients_as_of_values(tmp_path: Path) -> No
     with again:
         run()
     assert Reader(path)["blocks.0.resid_post.grad"].n_rows == 14
+
+
+def test_a_model_may_be_copied_and_stored_inside(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with strapfmt.capture(model, tmp_path / "x.strap", sites=RESID, backward=True, quiet=True) as cap:
+        before = copy.deepcopy(model)
+        loss_of(model).backward()
+        stored = pickle.loads(pickle.dumps(model))  # noqa: S301 - our own bytes
+        for twin in (before, copy.deepcopy(model), stored):
+            loss_of(twin).backward()
+    assert {site.written for site in cap.report.sites} == {IDS.numel()}
 
 
 def test_a_pass_that_is_not_asked_for_has_no_gradients_and_that_is_no_fault(tmp_path: Path) -> None:

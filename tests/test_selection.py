@@ -475,3 +475,14 @@ def test_values_that_no_module_returns_are_selected(family: str, sites: list[str
         tmp_path / "x.strap", model, generated, sites=sites, top_k_logits=3, **asked_for(selection)
     )
     assert_selected(everything, found, selection)
+
+
+def test_filters_that_leave_no_row_are_told(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with strapfmt.capture(model, tmp_path / "x.strap", sites="embed", phases="decode", quiet=True) as cap:
+        model(input_ids=IDS)
+        assert "not asked for, which is all of them" in cap.report.summary()
+    assert "0 rows of 1 sites" in cap.report.summary()
+    with strapfmt.capture(model, tmp_path / "y.strap", sites="embed", positions=-1, quiet=True) as cap:
+        model(input_ids=IDS)
+        assert "which is all of them" not in cap.report.summary()

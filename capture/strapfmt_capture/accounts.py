@@ -132,7 +132,7 @@ class CaptureReport:
         )
         if self.n_filtered:
             line += f", {self.n_filtered} not asked for"
-            line += "" if self.n_rows else ", which is all of them"
+            line += "" if any(site.expected for site in self.sites) else ", which is all of them"
         if self.state == "failed":
             line += "; writing FAILED, and only what was committed before is there"
         if self.n_dropped:

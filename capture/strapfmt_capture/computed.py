@@ -56,12 +56,13 @@ def expert_out(
     is_plain = getattr(config, "_experts_implementation", "eager") == "eager"
     repeated = hidden.repeat(k, 1) if is_plain else hidden.repeat_interleave(k, dim=0)
     index = (index.T if is_plain else index).reshape(-1, 1)
-    _computing.add(threading.get_ident())
-    try:
+    thread = threading.get_ident()
+    try:  # an interrupt may come behind any call
+        _computing.add(thread)
         with torch.no_grad():
             out: torch.Tensor = module.forward(repeated, index, weights.new_ones(n * k, 1))
     finally:
-        _computing.discard(threading.get_ident())
+        _computing.discard(thread)
     d_model = out.shape[-1]
     return out.reshape(k, n, d_model).transpose(0, 1) if is_plain else out.reshape(n, k, d_model)
 

@@ -186,12 +186,13 @@ class ProcessDrain(DrainHome):
         try:
             while items := self._ring.take(turn_bytes(self._ring.n_bytes)):
                 coded, arrays = encode_items(items)
+                position = self._ring.position
                 message = {
                     "items": coded,
-                    "position": self._ring.position,
+                    "position": position,
                     "counters": self._counters.numbers,
                 }
-                self._n_sent, self._behind_s = self._ring.position, self._behind_s or time.monotonic()
+                self._n_sent, self._behind_s = position, self._behind_s or time.monotonic()
                 self._channel.send(message, arrays, on_wait=self._while_waiting)
                 self._schedule()
             self._channel.end_sending()

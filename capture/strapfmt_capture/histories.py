@@ -28,7 +28,7 @@ _Int64 = NDArray[np.int64]
 class History:
     """The rows behind a batch, in the layout of its key-value cache: `n_sequences` slots of `length` places.
 
-    Its arrays are exchanged, never changed: steps keep those of their time.
+    The arrays that are attributes are exchanged, not changed: steps keep those of their time.
 
     Parameters
     ----------

@@ -335,12 +335,23 @@ def _attended(mask: torch.Tensor | None) -> torch.Tensor:
 
 def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     """The model inside wrappers that pass their arguments on (DataParallel and its kin)."""
-    while "module" in module._modules or hasattr(type(module), "module"):
-        inner = module.module
+    while _may_wrap(module):
+        inner = getattr(module, "module", None)
         if not isinstance(inner, torch.nn.Module):
             break
         module = inner
     return module
+
+
+def _may_wrap(module: torch.nn.Module) -> bool:
+    """Whether it may have an attribute `module`: one that has none takes long to say so."""
+    inside = module._modules
+    return (
+        "module" in inside
+        or "_orig_mod" in inside
+        or "module" in vars(module)
+        or hasattr(type(module), "module")
+    )
 
 
 @lru_cache(maxsize=256)

@@ -40,6 +40,7 @@ class Keys:
 
     def __init__(self) -> None:
         self.n_steps = 0
+        self._last_step = -1
         self._block: _Block | None = None
         #: Keys in the order of their ends, and how many steps must be durable for them to be so.
         self._ended: deque[tuple[int, set[str]]] = deque()
@@ -53,9 +54,11 @@ class Keys:
         """Begin a block, outside of any other."""
         self._block = _Block()
 
-    def step_ended(self, begun: Begun, status: str, reason: str | None) -> None:
-        """Take note of a step that has ended, and the sequences that began in it."""
-        self.n_steps += 1
+    def step_ended(self, step: int, begun: Begun, status: str, reason: str | None) -> None:
+        """Take note of a step that has ended, and the sequences that began in it; once for each step."""
+        if step == self._last_step:
+            return
+        self._last_step, self.n_steps = step, self.n_steps + 1
         block = self._block
         if block is not None:
             block.begun.rows += begun.rows

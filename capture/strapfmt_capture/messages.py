@@ -32,7 +32,7 @@ _Int64 = npt.NDArray[np.int64]
 
 
 def encode_items(items: Sequence[Item]) -> tuple[_Json, list[npt.NDArray[Any]]]:
-    """Return items as a JSON-ready value and the arrays it refers to, in order; `Values` keep their positions only."""
+    """Return items as a JSON-ready value and the arrays it refers to, in order; values keep their positions only."""
     writer = _ItemWriter()
     return [writer.item(item) for item in items], writer.arrays
 
@@ -82,7 +82,7 @@ class ItemReader:
         return Block(specs=specs, memory=memory, start=start, rows=self._column(rows))
 
     def _start(self, fields: Sequence[_Json], memory: Memory) -> StepStart:
-        step, tokens, sequences, events = fields
+        tokens, sequences, events, step = fields
         return StepStart(
             step=self._step(
                 step,
@@ -189,7 +189,8 @@ class _ItemWriter:
         if isinstance(item, StepStart):
             step = item.step
             tokens = None if step.tokens is None else self.columns(_fields(step.tokens))
-            return ["start", self.step(step), tokens, self.columns(step.sequences), self.columns(step.events)]
+            tables = [tokens, self.columns(step.sequences), self.columns(step.events)]
+            return ["start", *tables, self.step(step)]  # arrays come in the order of their reading
         if isinstance(item, StepEnd):
             about = [item.started_ns, item.duration_s, item.status, item.reason, item.dropped, item.is_whole]
             return ["end", self.step(item.step), *about]

@@ -26,8 +26,9 @@ __all__ = ["LINGER_S", "RING_BYTES", "Ring", "Signal", "Slot"]
 
 RING_BYTES = 256 << 20
 # The consumer is woken for this share of the ring, or for whatever there is after so long: each turn it takes costs
-# the model's thread a little, and large turns cost less than many small ones.
-_WORTHWHILE_SHARE = 1 / 4
+# the model's thread a little, and large turns cost less than many small ones. No more than a turn of the drain has, so
+# that what has waited is taken as a whole.
+_WORTHWHILE_SHARE = 1 / 8
 _WORTHWHILE_BYTES = 8 << 20
 LINGER_S = 1.0
 # A wake-up that an interrupt has swallowed is made good after so long.
@@ -63,6 +64,7 @@ class Ring(Generic[Item]):
     memory : Memory
         What the slots lie in.
     fd : int or None
+    linger_s : float
     stall_s : float
         How long producers have waited for space.
     n_stalls : int
@@ -91,7 +93,7 @@ class Ring(Generic[Item]):
             raise ArgumentError(
                 f"host_ring_bytes: expected no more memory than there is, got {n_bytes}; 256 MiB usually do"
             ) from error
-        self.n_bytes, self._linger_s = self.memory.n_bytes, linger_s
+        self.n_bytes, self.linger_s = self.memory.n_bytes, linger_s
         #: Views of the memory, and a copy into it, from a position; see `Memory`.
         self.view, self.array, self.copy_in = self.memory.view, self.memory.array, self.memory.copy_in
         self._worthwhile_bytes = min(_WORTHWHILE_BYTES, int(self.n_bytes * _WORTHWHILE_SHARE))
@@ -265,7 +267,7 @@ class Ring(Generic[Item]):
     def _wait_for_items(self) -> None:
         while not self._items and not self._is_closed:
             self._work.wait(_RECHECK_S)
-        until = time.monotonic() + self._linger_s
+        until = time.monotonic() + self.linger_s
         while not self._is_worthwhile() and (left := until - time.monotonic()) > 0:
             self._work.wait(left)
 

@@ -103,6 +103,10 @@ class Rings:
             if isinstance(item, StepEnd | Events | Boundary | Annotation):
                 self.mark()
 
+    def flush(self) -> None:
+        """Hand over small values that were gathered."""
+        self._small.flush()
+
     def put(self, ring: Ring[Any], values: Values, slot: Slot) -> None:
         """Hand over values, in a slot of the ring that `of` gave."""
         if isinstance(ring, DeviceRing):

@@ -142,7 +142,7 @@ class RowTracker:
 
     def end(self, status: str, reason: str | None) -> None:
         """Take note of what became of the pass that was described last."""
-        self.keys.step_ended(self.tags.take_begun(), status, reason)
+        self.keys.step_ended(self._step, self.tags.take_begun(), status, reason)
 
     def end_block(self, problem: str | None) -> dict[str, Column] | None:
         """End a block of passes; return columns of `row_events`, for no step, if it was not carried out."""

@@ -264,7 +264,7 @@ class Capture:
         Raises
         ------
         CaptureError
-            If the capture is not running, or a recording is under way.
+            If it is called inside a forward pass, the capture is not running, or a recording is under way.
         """
         hooks = self._running("recording()").hooks
         with hooks.recording() as values:
@@ -302,6 +302,8 @@ class Capture:
     def _check_channels(self) -> None:
         """Refuse channels that a site does not have, if its shape is known before it fires."""
         for info in describe(self._model, self._points) if self._channels else ():
+            if info.site == "logits":  # a head may be wider than the vocabulary
+                continue
             channels = self._channels.get(info.site)
             problem = channels.problem(info.shape) if channels and info.shape else None
             if problem is not None:

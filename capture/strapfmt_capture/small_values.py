@@ -44,6 +44,8 @@ class Gatherer:
         """Make room for a value of these rows; False if it is no small one, or the consumer has gone."""
         if self._used + n_bytes <= self._room and rows is self._rows:
             return True
+        if self._ring is not None and rows is self._rows:  # more values than it had room for
+            self._last_used = 2 * self._room
         self.flush()
         most = ring.n_bytes // _RING_SHARE
         room = min(max(self._last_used, _FIRST_VALUES * aligned(n_bytes)), most)

@@ -123,7 +123,7 @@ class Spill:
                 self.file = SpillFile(os.dup(file.fileno()))
         except OSError as error:
             raise ArgumentError(f"spill_path: no file can be made in {str(directory)!r}: {error}") from error
-        self.ring: Ring[Item | threading.Event] = Ring(main.n_bytes)
+        self.ring: Ring[Item | threading.Event] = Ring(main.n_bytes, linger_s=main.linger_s)
         self.n_refused = 0
         self._main, self._on_failure = main, on_failure
         self._last: Spilled | None = None

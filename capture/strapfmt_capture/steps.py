@@ -37,7 +37,7 @@ from strapfmt_capture.rings import FULL_SHARE, Rings
 from strapfmt_capture.rows import RowTracker
 from strapfmt_capture.selection import Selector
 
-__all__ = ["OnFull", "OpenStep", "Steps"]
+__all__ = ["OnFull", "Steps"]
 
 OnFull = Literal["block", "drop", "raise", "spill"]
 
@@ -363,6 +363,7 @@ class Steps:
     def _end(self, call: Call, status: str, reason: str | None) -> None:
         if call.open is not None:  # else it was cut off before anything happened
             if call.end is None:
+                self._rings.flush()  # an interrupt in here loses values, and then the step is none that is complete
                 call.end = StepEnd(
                     step=call.open.step,
                     started_ns=call.started_ns,
@@ -375,7 +376,7 @@ class Steps:
                 self.n_abandoned_steps += status == "abandoned"
             self._tracker.end(call.end.status, call.end.reason)
             self._rings.publish(call.end)
-        self._call = self.under_way = None
+        self.under_way = self._call = None
 
 
 def _reason(error: BaseException | None) -> str:

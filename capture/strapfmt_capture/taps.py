@@ -71,6 +71,14 @@ class Tap:
     is_plain: bool = False
     fit: Fit | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
+        # A copy of a hooked model takes taps along, with hooks that do nothing.
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # A hooked model that is stored leaves them behind.
+        return type(None), ()
+
     @property
     def cuts_graph(self) -> bool:
         """Whether what is computed for it is no code for a compiler."""

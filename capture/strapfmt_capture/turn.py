@@ -71,7 +71,7 @@ class Values:
         return self.n_bytes // self.n_blocks + (self.n_blocks - 1) * self.stride
 
     def stored(self) -> npt.NDArray[Any]:
-        """Return them as the writer wants them, [n_rows, *shape]: their memory if they are one block, else a copy."""
+        """Return them as the writer wants them, [n_rows, *shape]: their memory if that is one piece, else a copy."""
         if self._gathered is not None:
             return self._gathered
         storage = dtype_of_torch(self.dtype).numpy
