@@ -94,15 +94,15 @@ class CaptureReport:
     path: Path
     state: str
     sites: tuple[SiteAccount, ...]
-    n_tokens: int
-    n_steps: int
-    n_dropped_steps: int
-    n_abandoned_steps: int
-    n_paused_passes: int
-    n_bytes: int
-    stall_s: float
-    peak_fill: float
-    notes: tuple[str, ...]
+    n_tokens: int = 0
+    n_steps: int = 0
+    n_dropped_steps: int = 0
+    n_abandoned_steps: int = 0
+    n_paused_passes: int = 0
+    n_bytes: int = 0
+    stall_s: float = 0.0
+    peak_fill: float = 0.0
+    notes: tuple[str, ...] = ()
 
     @property
     def n_rows(self) -> int:

@@ -24,14 +24,6 @@ def empty_report(
         path=path,
         state=state,
         sites=tuple(_account(Tap(point=point, is_head=False), Progress()) for point in points),
-        n_tokens=0,
-        n_steps=0,
-        n_dropped_steps=0,
-        n_abandoned_steps=0,
-        n_paused_passes=0,
-        n_bytes=0,
-        stall_s=0.0,
-        peak_fill=0.0,
         notes=tuple(remarks),
     )
 
