@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from interrupts import interrupts
@@ -19,13 +20,16 @@ from test_capture_flow import PATIENCE_S, assert_consistent, call, capture, gate
 
 from strapfmt.errors import ArgumentError, CaptureError, DrainError
 from strapfmt.reader import Reader
+from strapfmt.schema import SiteSpec
 from strapfmt_capture import small_values
 from strapfmt_capture.dropped import DroppedRows
 from strapfmt_capture.items import Events, Spilled, StepEnd
 from strapfmt_capture.live import CaptureStats
+from strapfmt_capture.memory import Memory
 from strapfmt_capture.messages import ItemReader
 from strapfmt_capture.passes import Step
 from strapfmt_capture.spill import SpillFile
+from strapfmt_capture.turn import Block, values_of
 
 __all__ = ["gate"]
 
@@ -285,6 +289,23 @@ def test_space_in_the_spill_file_is_given_back(tmp_path: Path) -> None:
     assert os.fstat(file.fd).st_blocks < before / 3
     assert isinstance(file.read(stop, ItemReader({}))[0][0], Events)
     assert isinstance(records[0], Spilled)
+    file.close()
+
+
+def test_the_last_record_is_as_long_as_it_says(tmp_path: Path) -> None:
+    spec = SiteSpec(name="odd", dtype="float32", shape=(13,))
+    memory = Memory(256)
+    memory.view(0, torch.float32, (13,)).copy_(torch.arange(13.0))
+    block = Block(specs=[spec], memory=memory, start=0, rows=np.array([7]))
+    file = SpillFile(os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT))
+    for items in ([block], values_of([block])):
+        record = file.append(items)
+        found, stop = file.read(record.start, ItemReader({"odd": spec}))
+        assert stop == record.stop
+        (values,) = values_of(found)
+        assert values.tensor().tolist() == [list(range(13))]
+        assert values.rows is not None
+        assert values.rows.tolist() == [7]
     file.close()
 
 

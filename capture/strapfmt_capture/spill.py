@@ -66,7 +66,10 @@ class SpillFile:
         at = _write(self.fd, _SIZES.pack(len(text), len(tail), n_bytes) + text + tail, self.end)
         at = start = aligned(at)
         for piece in pieces:
-            at = aligned(_write(self.fd, piece.data, at))
+            at = _write(self.fd, piece.data, at)
+            at = _write(
+                self.fd, bytes(aligned(at) - at), at
+            )  # or the last record would be shorter than it says
         record = Spilled(start=self.end, stop=start + n_bytes)
         self.end = record.stop
         return record
