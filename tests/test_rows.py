@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 from models import BOS, EOS, FAMILIES, PAD, VOCAB_SIZE, tiny_model, tiny_tokenizer
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+import strapfmt
 from strapfmt.errors import CaptureError
 from strapfmt_capture.inputs import named_arguments, read_inputs
 from strapfmt_capture.passes import Step, token_columns
@@ -960,3 +962,18 @@ def test_a_decode_step_costs_little() -> None:
         best = min(best, time.perf_counter() - start)
         cache.length += 1
     assert best < 1e-3, f"{best * 1e6:.0f} us"  # about 80 us; the bound only catches what is not vectorised
+
+
+def test_a_pass_inside_a_transform_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def loss(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        inputs = {"input_ids": torch.full((2, 1), 5), "use_cache": False}
+        return torch.func.functional_call(model, weights, (), inputs).logits.sum()
+
+    with (
+        pytest.raises(CaptureError, match=r"outside of torch\.func transforms"),
+        strapfmt.capture(model, tmp_path / "x.strap", sites="blocks.*.mlp_out", quiet=True),
+    ):
+        torch.func.grad(loss)(weights)

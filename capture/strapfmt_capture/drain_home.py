@@ -119,7 +119,7 @@ class DrainHome(ABC):
             raise DrainError(
                 f"{self.path}: writing failed after {self.progress.n_rows} rows, and what was captured since the last "
                 f"commit is lost ({type(self._failure).__name__}: {self._failure}); what was committed before can be "
-                "read where it is, and mode='append' goes on behind it"
+                "read where it is, mode='append' goes on behind it, and `strapfmt repair` finds what else is whole"
             ) from self._failure
 
     def finish(self, finish: Finish) -> None:

@@ -252,7 +252,12 @@ def _int64(token_ids: torch.Tensor) -> NDArray[np.int64]:
             f"token ids: expected a plain tensor with values, got a {type(token_ids).__name__} on {token_ids.device}; "
             "run the model outside of torch.func transforms and fake tensors"
         )
-    ids: NDArray[np.int64] = token_ids.cpu().numpy()
+    try:
+        ids: NDArray[np.int64] = token_ids.cpu().numpy()
+    except RuntimeError as error:  # in a transform, where a copy of a plain tensor is none
+        raise CaptureError(
+            f"token ids: expected a tensor that can be read ({error}); run the model outside of torch.func transforms"
+        ) from error
     if ids.dtype != np.int64:
         ids = ids.astype(np.int64)
     if ids.size > _FEW:
