@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from captured import stored, tokens
 from models import tiny_model, tiny_tokenizer
 
 import strapfmt
@@ -45,15 +46,6 @@ def bridge(tmp_path: Path) -> Any:
 
 def capture(model: Any, path: Path, sites: Any, **options: Any) -> Capture:
     return strapfmt.capture(model, path, sites=sites, quiet=True, **options)
-
-
-def stored(path: Path, site: str) -> torch.Tensor:
-    return torch.as_tensor(strapfmt.open(path)[site][:])
-
-
-def tokens(path: Path) -> list[tuple[Any, ...]]:
-    query = "select step, phase, sequence_id, position, token_id from tokens order by row"
-    return strapfmt.open(path).sql(query).fetchall()
 
 
 def flat(x: torch.Tensor) -> torch.Tensor:

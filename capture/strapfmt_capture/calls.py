@@ -1,4 +1,4 @@
-"""A call of a row module under way: which frame it is, what it was given, and the step that it has become."""
+"""A call of a row module under way: which frame it is and what it was given; and the step that it becomes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,6 @@ class Call:
     started_ns: int
     started_s: float
     output: Any = None
-    open: OpenStep | None = None
     #: What has been said of its end: an interrupt right behind that lets it be said again, and not another thing.
     end: StepEnd | None = None
 

@@ -5,8 +5,9 @@ The model's thread takes note of runs of tokens; whoever needs the columns makes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -16,7 +17,7 @@ import pyarrow as pa
 if TYPE_CHECKING:
     from strapfmt_capture.histories import History
 
-__all__ = ["Column", "Step", "Tokens", "token_columns"]
+__all__ = ["Column", "Step", "Tokens", "joined", "token_columns"]
 
 Column: TypeAlias = npt.NDArray[Any] | list[Any] | pa.Array
 _Int64 = npt.NDArray[np.int64]
@@ -102,9 +103,11 @@ def token_columns(steps: Sequence[Step]) -> dict[str, Column]:
     rows = np.concatenate([step.rows for step, _ in parts])
     n_rows = [len(step.rows) for step, _ in parts]
     slots, sequences, positions, parents = _spread([tokens for _, tokens in parts], rows)
-    texts = [(tokens.texts, n) for (_, tokens), n in zip(parts, n_rows, strict=True)]
-    specials = [(tokens.is_special, n) for (_, tokens), n in zip(parts, n_rows, strict=True)]
-    dropped = [tokens.dropped for _, tokens in parts]
+
+    def column(name: str, otherwise: Callable[[int], Column], kind: pa.DataType) -> Column:
+        known = [(getattr(tokens, name), len(step.rows)) for step, tokens in parts]
+        return joined([otherwise(n) if values is None else values for values, n in known], kind)
+
     return {
         "row": rows,
         "step": np.repeat(np.array([step.step for step, _ in parts], np.int64), n_rows),
@@ -112,16 +115,23 @@ def token_columns(steps: Sequence[Step]) -> dict[str, Column]:
         "batch_index": slots.astype(np.int32),
         "sequence_id": sequences,
         "position": positions.astype(np.int32),
-        "token_id": _token_ids([tokens.token_ids for _, tokens in parts], n_rows),
-        "token": _joined(texts, pa.utf8()),
-        "is_special": _joined(specials, pa.bool_()),
+        "token_id": column("token_ids", partial(pa.nulls, type=pa.int32()), pa.int32()),
+        "token": column("texts", partial(pa.nulls, type=pa.utf8()), pa.utf8()),
+        "is_special": column("is_special", partial(pa.nulls, type=pa.bool_()), pa.bool_()),
         "parent_row": pa.array(parents, mask=parents < 0),
-        "dropped": np.zeros(len(rows), bool)
-        if all(each is None for each in dropped)
-        else np.concatenate(
-            [np.zeros(n, bool) if each is None else each for each, n in zip(dropped, n_rows, strict=True)]
-        ),
+        "dropped": column("dropped", partial(np.zeros, dtype=bool), pa.bool_()),
     }
+
+
+def joined(columns: Sequence[Any], kind: pa.DataType) -> Any:
+    """Return columns of several steps as one, in the form they all have, or as an Arrow array of type `kind`."""
+    if all(isinstance(column, np.ndarray) for column in columns):
+        return np.concatenate(columns)
+    if all(isinstance(column, list) for column in columns):
+        return [value for column in columns for value in column]
+    return pa.concat_arrays(
+        [column if isinstance(column, pa.Array) else pa.array(column, kind) for column in columns]
+    )
 
 
 def _spread(parts: Sequence[Tokens], rows: _Int64) -> tuple[_Int64, _Int64, _Int64, _Int64]:
@@ -140,23 +150,3 @@ def _spread(parts: Sequence[Tokens], rows: _Int64) -> tuple[_Int64, _Int64, _Int
     parents[offsets[counts > 0]] = previous[counts > 0]
     positions = np.arange(len(rows)) + np.repeat(positions - offsets, counts)
     return np.repeat(slots, counts), np.repeat(sequences, counts), positions, parents
-
-
-def _token_ids(parts: Sequence[npt.NDArray[np.int32] | None], n_rows: Sequence[int]) -> Column:
-    known = [ids for ids in parts if ids is not None]
-    if len(known) == len(parts):
-        return np.concatenate(known)
-    if not known:
-        return pa.nulls(sum(n_rows), pa.int32())
-    return pa.concat_arrays(
-        [
-            pa.nulls(n, pa.int32()) if ids is None else pa.array(ids, pa.int32())
-            for ids, n in zip(parts, n_rows, strict=True)
-        ]
-    )
-
-
-def _joined(parts: Sequence[tuple[list[Any] | None, int]], kind: pa.DataType) -> Column:
-    if all(values is None for values, _ in parts):
-        return pa.nulls(sum(n for _, n in parts), kind)
-    return [value for values, n in parts for value in (values if values is not None else [None] * n)]

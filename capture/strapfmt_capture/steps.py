@@ -141,7 +141,7 @@ class Steps:
             return
         if frame is call.model_frame and output is not None:
             call.output = output
-            if call.open is not None:
+            if self.under_way is not None:
                 self._tracker.returned(output)
         # After an exception the hook is called one frame further out.
         if frame not in (call.frame, call.frame.f_back):
@@ -150,7 +150,7 @@ class Steps:
         if error is None or error is call.exception:
             self._end_well(call)
             return
-        if call.open is None:
+        if self.under_way is None:
             with suppress(CaptureError):  # the model's own error is on its way
                 self._begin(call)
         self._end(call, "abandoned", _reason(error))
@@ -158,7 +158,7 @@ class Steps:
     def current(self) -> OpenStep | None:
         """Return the step under way, which begins now if it has not; None outside of any pass."""
         call = self._call
-        return None if call is None else call.open or self._begin(call)
+        return None if call is None else self.under_way or self._begin(call)
 
     @property
     def number(self) -> int:
@@ -268,7 +268,7 @@ class Steps:
             return
         call.model_frame = frame
         given = named_arguments(module, args, kwargs)
-        if call.open is None:
+        if self.under_way is None:
             kept = kept_of(given)
             call.kept = call.kept if kept is None else kept
         if call.inputs is not None and call.inputs.is_read_from(given):
@@ -277,7 +277,7 @@ class Steps:
         if inputs is None:
             return
         is_same = call.inputs is not None and inputs.agrees_with(call.inputs)
-        if call.open is None:
+        if self.under_way is None:
             if is_same and call.inputs is not None and inputs.token_ids is None:
                 inputs = replace(inputs, token_ids=call.inputs.token_ids)
             call.module, call.inputs = module, inputs
@@ -324,7 +324,7 @@ class Steps:
         if call.output is not None:
             self._tracker.returned(call.output)
         whole = Placement(n_rows=len(step.rows), index=step.selected, rows=step.rows)
-        call.open = self.under_way = OpenStep(
+        open_step = self.under_way = OpenStep(
             step=step,
             batch=(step.n_sequences, step.n_query),
             whole=whole,
@@ -333,10 +333,10 @@ class Steps:
         )
         try:
             if self._selector is not None:
-                call.open.stored = self._selector.choose(step, whole, is_full=is_full)
+                open_step.stored = self._selector.choose(step, whole, is_full=is_full)
         finally:  # what is asked may fail, and then there is a step that does
-            self._start(call.open, is_full)
-        return call.open
+            self._start(open_step, is_full)
+        return open_step
 
     def _start(self, open_step: OpenStep, is_full: bool) -> None:
         step, stored = open_step.step, open_step.stored
@@ -353,7 +353,7 @@ class Steps:
         self._rings.publish(StepStart(step=step))
 
     def _end_well(self, call: Call) -> None:
-        open_step = call.open or self._begin(call)
+        open_step = self.under_way or self._begin(call)
         if open_step.is_dropped:
             self._end(call, "dropped", RING_FULL)
         else:
@@ -361,16 +361,16 @@ class Steps:
             self._end(call, "complete", None)
 
     def _end(self, call: Call, status: str, reason: str | None) -> None:
-        if call.open is not None:  # else it was cut off before anything happened
+        if self.under_way is not None:  # else it was cut off before anything happened
             if call.end is None:
                 self._rings.flush()  # an interrupt in here loses values, and then the step is none that is complete
                 call.end = StepEnd(
-                    step=call.open.step,
+                    step=self.under_way.step,
                     started_ns=call.started_ns,
                     duration_s=time.perf_counter() - call.started_s,
                     status=status,
                     reason=reason,
-                    dropped=call.open.dropped,
+                    dropped=self.under_way.dropped,
                     is_whole=not self._tracker.keys.is_in_block,
                 )
                 self.n_abandoned_steps += status == "abandoned"

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 
 from strapfmt.dtypes import dtype_of_torch
 from strapfmt.schema import TABLE_SCHEMAS, SiteSpec
 from strapfmt_capture.memory import Memory, aligned
+from strapfmt_capture.passes import joined
 from strapfmt_capture.statistics import Columns, RowStatistics
 
 __all__ = [
@@ -226,8 +226,7 @@ def merged(table: str, parts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     if len(parts) == 1:
         return parts[0]
     return {
-        field.name: _joined([part[field.name] for part in parts], field.type)
-        for field in TABLE_SCHEMAS[table]
+        field.name: joined([part[field.name] for part in parts], field.type) for field in TABLE_SCHEMAS[table]
     }
 
 
@@ -244,16 +243,6 @@ def pieces_of(values: Sequence[Values]) -> Iterator[Piece]:
         yield Piece([one])
     for rest in small.values():
         yield Piece(rest)
-
-
-def _joined(columns: Sequence[Any], kind: pa.DataType) -> Any:
-    if all(isinstance(column, np.ndarray) for column in columns):
-        return np.concatenate(columns)
-    if all(isinstance(column, list) for column in columns):
-        return [value for column in columns for value in column]
-    return pa.concat_arrays(
-        [column if isinstance(column, pa.Array) else pa.array(column, kind) for column in columns]
-    )
 
 
 class _Sheet:
