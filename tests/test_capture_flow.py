@@ -472,9 +472,9 @@ def test_an_interrupt_while_the_end_waits_for_the_disk_passes(
     def body() -> None:
         model(ids(3))
         shut()
+        threading.Timer(0.4, is_open.set).start()
         alarm(0.1)
 
-    threading.Timer(0.4, is_open.set).start()
     with pytest.raises(KeyboardInterrupt), cap:
         body()
     assert not model._forward_hooks

@@ -1,9 +1,7 @@
 """A killed writer, a failing disk, a full disk: what was acknowledged is there exactly, nothing is claimed wrongly."""
 
 import ast
-import dis
 import errno
-import linecache
 import multiprocessing
 import os
 import random
@@ -18,10 +16,10 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from interrupts import Interrupted, interrupt_at
 from small_datasets import Contents, Script, contents_of, quick_directory
 
 import strapfmt.commit
@@ -445,42 +443,6 @@ def test_a_full_disk_stops_the_writer_with_a_clear_error(tmp_path: Path) -> None
 # Being interrupted.
 
 
-class Interrupted(BaseException):
-    """Stands for KeyboardInterrupt, which pytest would take for the user's."""
-
-
-def interrupt_at(line: int, act: Callable[[], None]) -> bool:
-    """Run `act` and raise in it at the `line`-th line of strapfmt it reaches, as a signal would; return whether."""
-    n_lines = 0
-
-    def trace(frame: object, event: str, _: object) -> object:
-        nonlocal n_lines
-        if "/strapfmt/" not in frame.f_code.co_filename:  # type: ignore[attr-defined]
-            return None
-        if event == "line" and not _ends_with_block(frame):
-            n_lines += 1
-            if n_lines == line:
-                sys.settrace(None)
-                raise Interrupted
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)  # type: ignore[arg-type]
-    try:
-        act()
-    except Interrupted:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
-
-
-def _ends_with_block(frame: Any) -> bool:
-    """Whether a `with` statement calls `__exit__` next: a line to a tracer, but no signal can come before it."""
-    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
-    return line.startswith("with ") and dis.opname[frame.f_code.co_code[frame.f_lasti]] == "LOAD_CONST"
-
-
 @pytest.mark.parametrize("retry", [False, True], ids=["abort", "goes_on"])
 def test_an_interrupt_anywhere_in_a_commit_costs_no_committed_step(retry: bool) -> None:
     known = {n: Script().contents(n) for n in range(6)}
@@ -496,7 +458,7 @@ def test_an_interrupt_anywhere_in_a_commit_costs_no_committed_step(retry: bool) 
                 script.write(writer, step)
             writer.commit()
             script.write(writer, 2)
-            was_interrupted = interrupt_at(line, writer.commit)
+            was_interrupted = interrupt_at(line, writer.commit, within="/strapfmt/")
             n_steps = 3
             if retry:
                 try:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from strapfmt_capture.items import StepEnd
 from strapfmt_capture.passes import Step
 from strapfmt_capture.placement import Placement
 
-__all__ = ["Call", "OpenStep", "call_of", "is_on_stack", "kept_of", "positions_of"]
+__all__ = ["Call", "Counts", "OpenStep", "call_of", "is_on_stack", "kept_of", "positions_of"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,11 +39,23 @@ class OpenStep:
     index: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
 
+class Counts(NamedTuple):
+    """Steps that have begun, some of them without an end yet, and their tokens; replaced as a whole."""
+
+    n_steps: int = 0
+    n_tokens: int = 0
+    n_dropped_steps: int = 0
+    n_spilled_steps: int = 0
+    n_abandoned_steps: int = 0
+
+
 @dataclass(slots=True, kw_only=True)
 class Call:
     """A call under way: its own frame, that of the language model in it, what that is given and has returned.
 
-    `kept` is what the head is told to compute, `whole_kept` what the outermost call was told.
+    `kept` is what the head is told to compute, `whole_kept` what the outermost call was told. `is_full`: the ring had
+    no space for its values when its step began; `is_spilled`: they went elsewhere. `counts` are those that include the
+    step; `is_started` says that its beginning was handed over, `end` what is to be said of its end.
     """
 
     frame: FrameType
@@ -56,7 +68,11 @@ class Call:
     started_ns: int
     started_s: float
     output: Any = None
-    #: What has been said of its end: an interrupt right behind that lets it be said again, and not another thing.
+    is_full: bool = False
+    is_spilled: bool = False
+    # What has been said of its step: where an interrupt cuts that off, the same is said again.
+    counts: Counts | None = None
+    is_started: bool = False
     end: StepEnd | None = None
 
 

@@ -137,7 +137,6 @@ class Drain:
         #: By site: the last call that hooks counted, and its number in the dataset.
         self._calls: dict[str, tuple[int, int]] = {}
         self._open: Step | None = None
-        self._last_ended = -1
         self._n_abandoned = self._pass_bytes = self._released = 0
         self._told_s = 0.0
         self._finish: Finish | None = None
@@ -273,9 +272,6 @@ class Drain:
         rows: list[dict[str, Any]] = []
         for end in ends:
             step = end.step
-            if step.step <= self._last_ended:  # an interrupt right behind the end of a step makes another
-                continue
-            self._last_ended = step.step
             if len(step.rows):
                 self._next_row = int(step.rows[-1]) + 1
             for name, n_rows in end.dropped.items():
@@ -351,6 +347,7 @@ class _Intake:
         self._reader = ItemReader(specs)
         self._waiting: deque[Item] = deque()
         self._position = self._spilled = 0
+        self._last_begun = self._last_ended = -1
 
     def take(self, max_bytes: int, *, wait: bool) -> _Turn | None:
         """Return what comes next, None if there is nothing yet or, after waiting, nothing any more."""
@@ -361,7 +358,17 @@ class _Intake:
         items = self._read_back() if isinstance(self._waiting[0], Spilled) else list(self._next())
         if not self._waiting:
             self._position = self._source.position
-        return _Turn(items, self._position, self._spilled)
+        return _Turn([item for item in items if not self._is_said_again(item)], self._position, self._spilled)
+
+    def _is_said_again(self, item: Item) -> bool:
+        """Whether this is the beginning or end of a step that was said before: an interrupt right behind does that."""
+        if isinstance(item, StepStart):
+            last, self._last_begun = self._last_begun, item.step.step
+            return last == self._last_begun
+        if isinstance(item, StepEnd):
+            last, self._last_ended = self._last_ended, item.step.step
+            return last == self._last_ended
+        return False
 
     def _next(self) -> Iterator[Item]:
         """Take items up to the next that is spilled."""

@@ -237,9 +237,9 @@ class Engine:
         placements = placements_of(tap.point for tap in self.hooks.taps)
         return {
             "outcome": {
-                "n_steps": self.hooks.steps.n_steps,
-                "n_dropped_steps": self.hooks.steps.n_dropped_steps,
-                "n_abandoned_steps": self.hooks.steps.n_abandoned_steps,
+                "n_steps": self.hooks.steps.counts.n_steps,
+                "n_dropped_steps": self.hooks.steps.counts.n_dropped_steps,
+                "n_abandoned_steps": self.hooks.steps.counts.n_abandoned_steps,
                 **({"filtered_rows": filtered} if filtered else {}),
                 "n_paused_passes": self.hooks.steps.n_paused_passes,
                 **({"missed_steps": missed} if missed else {}),
@@ -257,7 +257,7 @@ class Engine:
         if spill is None:
             return {}
         return {
-            "n_spilled_steps": self.hooks.steps.n_spilled_steps,
+            "n_spilled_steps": self.hooks.steps.counts.n_spilled_steps,
             "n_spilled_bytes": spill.file.end,
             "n_spills_refused": spill.n_refused,
         }

@@ -28,7 +28,8 @@ _Int64 = NDArray[np.int64]
 class History:
     """The rows behind a batch, in the layout of its key-value cache: `n_sequences` slots of `length` places.
 
-    The arrays that are attributes are exchanged, not changed: steps keep those of their time.
+    The arrays that are attributes are exchanged, not changed: steps keep those of their time. What changes together is
+    exchanged by one statement, which an interrupt cannot cut in two.
 
     Parameters
     ----------
@@ -92,10 +93,10 @@ class History:
         rows : ndarray of int64 [n_sequences, n_query]
             Row ids, larger than all before; `PADDING` where there is no token. Copied.
         """
-        self._extend(rows)
+        length, last_row = self._put(rows), np.maximum(self.last_row, rows.max(axis=1))
+        n_tokens = self.n_tokens + (rows >= 0).sum(axis=1)
         self._has_padding |= bool(rows.min(initial=0) == PADDING)
-        self.last_row = np.maximum(self.last_row, rows.max(axis=1))
-        self.n_tokens = self.n_tokens + (rows >= 0).sum(axis=1)
+        self.length, self.last_row, self.n_tokens = length, last_row, n_tokens
 
     def append_tokens(self, rows: _Int64) -> None:
         """Add one token to every slot, as most passes do.
@@ -105,30 +106,29 @@ class History:
         rows : ndarray of int64 [n_sequences]
             Row ids, larger than all before. Kept, not to be changed.
         """
-        if self.length == self._cells.shape[1]:
-            self._grow(2 * self.length)
-        self._cells[:, self.length] = rows
-        self.length += 1
-        self.last_row, self.n_tokens = rows, self.n_tokens + 1
+        length, n_tokens = self.length + 1, self.n_tokens + 1
+        if length > self._cells.shape[1]:
+            self._grow(2 * length)
+        self._cells[:, length - 1] = rows
+        self.length, self.last_row, self.n_tokens = length, rows, n_tokens
 
     def extend_unknown(self, length: int, n_tokens: _Int64) -> None:
         """Grow to `length` places holding `n_tokens` in all, through passes that nobody watched."""
-        self._extend(np.full((len(self), length - self.length), UNKNOWN, np.int64))
-        self.last_row = np.full(len(self), UNKNOWN, np.int64)
-        self.n_tokens = n_tokens.copy()
+        length = self._put(np.full((len(self), length - self.length), UNKNOWN, np.int64))
+        last_row, n_tokens = np.full(len(self), UNKNOWN, np.int64), n_tokens.copy()
+        self.length, self.last_row, self.n_tokens = length, last_row, n_tokens
 
     def truncate(self, length: int) -> _Int64:
         """Shrink to `length` places; return the row ids that are lost, sorted, less those the copied cache has."""
         removed = self._cells[:, length : self.length]
         own = removed[:, max(self._own_from - length, 0) :]
         rejected = np.unique(own[own >= 0])
-        self.n_tokens = self.n_tokens - (removed != PADDING).sum(axis=1)
-        self.length = length
-        self._own_from = min(self._own_from, length)
-        self.last_row = self.last_row.copy()
+        n_tokens = self.n_tokens - (removed != PADDING).sum(axis=1)
+        own_from, last_row = min(self._own_from, length), self.last_row.copy()
         for slot in range(len(self)):
             places = np.flatnonzero(self._cells[slot, :length] != PADDING)
-            self.last_row[slot] = self._cells[slot, places[-1]] if places.size else PADDING
+            last_row[slot] = self._cells[slot, places[-1]] if places.size else PADDING
+        self.length, self.last_row, self.n_tokens, self._own_from = length, last_row, n_tokens, own_from
         return rejected
 
     def select(self, slots: _Int64) -> None:
@@ -207,12 +207,13 @@ class History:
         self.sequence_ids[slot] = sequence
         return parent
 
-    def _extend(self, cells: _Int64) -> None:
-        length = self.length + cells.shape[1]
+    def _put(self, cells: _Int64) -> int:
+        """Write cells behind the last place; return the length that includes them."""
+        length: int = self.length + cells.shape[1]
         if length > self._cells.shape[1]:
             self._grow(max(length, 2 * self._cells.shape[1]))
         self._cells[:, self.length : length] = cells
-        self.length = length
+        return length
 
     def _grow(self, capacity: int) -> None:
         grown = np.empty((len(self), capacity), np.int64)

@@ -102,8 +102,8 @@ def stats_of(hooks: Hooks, drain: DrainHome, rings: Rings, state: str) -> Captur
     spill = drain.spill
     return CaptureStats(
         state=state,
-        n_steps=hooks.steps.n_steps,
-        n_tokens=hooks.steps.n_tokens,
+        n_steps=hooks.steps.counts.n_steps,
+        n_tokens=hooks.steps.counts.n_tokens,
         n_rows=sum(tap.expected for tap in hooks.taps),
         n_written=n_written,
         n_dropped={RING_FULL: sum(tap.dropped for tap in hooks.taps), INTERRUPTED: n_lost},
@@ -112,7 +112,7 @@ def stats_of(hooks: Hooks, drain: DrainHome, rings: Rings, state: str) -> Captur
         fill=rings.fill,
         peak_fill=rings.peak_fill,
         stall_s=rings.stall_s,
-        n_spilled_steps=hooks.steps.n_spilled_steps,
+        n_spilled_steps=hooks.steps.counts.n_spilled_steps,
         n_spilled_bytes=0 if spill is None else spill.file.end,
         n_spill_pending_bytes=drain.n_spill_pending_bytes,
         n_spills_refused=0 if spill is None else spill.n_refused,

@@ -35,10 +35,10 @@ def report_of(engine: Engine, path: Path, state: str, remarks: Iterable[str]) ->
         path=path,
         state=state,
         sites=tuple(_account(tap, progress) for tap in engine.hooks.taps),
-        n_tokens=steps.n_tokens,
-        n_steps=steps.n_steps,
-        n_dropped_steps=steps.n_dropped_steps,
-        n_abandoned_steps=steps.n_abandoned_steps,
+        n_tokens=steps.counts.n_tokens,
+        n_steps=steps.counts.n_steps,
+        n_dropped_steps=steps.counts.n_dropped_steps,
+        n_abandoned_steps=steps.counts.n_abandoned_steps,
         n_paused_passes=steps.n_paused_passes,
         n_bytes=progress.n_bytes,
         stall_s=engine.rings.stall_s,
@@ -53,14 +53,14 @@ def silence_of(engine: Engine, report: CaptureReport, model_name: str) -> SiteNe
     silent = [tap.point.site for tap in taps if not tap.n_calls and tap.gradients is None]
     if not silent:
         return _no_gradients(taps, report)
-    if steps.n_steps == 0 and steps.n_paused_passes:
+    if steps.counts.n_steps == 0 and steps.n_paused_passes:
         why = f"all {steps.n_paused_passes} forward passes ran while the capture was paused"
-    elif steps.n_steps == 0:
+    elif steps.counts.n_steps == 0:
         why = f"no forward pass of {model_name} ran inside the with block (calling .forward() directly runs no hooks)"
     else:
-        why = f"the modules were not called in {steps.n_steps - steps.n_abandoned_steps} forward passes"
-        if steps.n_abandoned_steps:
-            why += f", and {steps.n_abandoned_steps} more ended in an error before or at these sites"
+        why = f"the modules were not called in {steps.counts.n_steps - steps.counts.n_abandoned_steps} forward passes"
+        if steps.counts.n_abandoned_steps:
+            why += f", and {steps.counts.n_abandoned_steps} more ended in an error before or at these sites"
     return SiteNeverFiredError(silent, f"{why}; the dataset is closed: {report.summary()}")
 
 
@@ -132,7 +132,7 @@ def _notes(engine: Engine) -> list[str]:
         )
     if engine.hooks.is_at_limit:
         notes.append("max_rows was reached: what the model has run since then has no values")
-    if spilled := engine.hooks.steps.n_spilled_steps:
+    if spilled := engine.hooks.steps.counts.n_spilled_steps:
         notes.append(f"{spilled} steps went through spill_path")
     if engine.drain.space.note is not None:
         notes.append(engine.drain.space.note)

@@ -65,6 +65,8 @@ class RowTracker:
         Those of the sequences that begin now.
     keys : Keys
         Which keys among them have been carried out.
+    under_way : Step or None
+        The pass that was described last, until its end.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class RowTracker:
         self._uncached: Uncached | None = None
         self._awaiting: Callable[[Any], None] | None = None
         self._step = -1
+        self.under_way: Step | None = None
 
     def begin(self, module: torch.nn.Module, inputs: Inputs | None) -> Step:
         """Describe the pass that has just begun.
@@ -100,7 +103,7 @@ class RowTracker:
             if module not in self._encoders:
                 self.tags.check_kept()
             self._step = self._reserve("step", 1)
-            return Step(
+            self.under_way = Step(
                 step=self._step,
                 phase="prefill",
                 n_sequences=0,
@@ -111,6 +114,7 @@ class RowTracker:
                 sequences=None,
                 events=self.take_events(),
             )
+            return self.under_way
         if module in self._encoders:
             return self._encode(inputs)
         history = None if inputs.cache is None else self._followed(inputs)
@@ -142,6 +146,7 @@ class RowTracker:
 
     def end(self, status: str, reason: str | None) -> None:
         """Take note of what became of the pass that was described last."""
+        self.under_way = None
         self.keys.step_ended(self._step, self.tags.take_begun(), status, reason)
 
     def end_block(self, problem: str | None) -> dict[str, Column] | None:
@@ -292,15 +297,7 @@ class RowTracker:
             tokens.token_ids = ids.astype(np.int32)  # a copy, as the model may change its own
             if self._texts is not None:
                 tokens.texts, tokens.is_special = self._texts.columns(ids)
-        if batch.real is None and q == 1:
-            batch.history.append_tokens(rows)
-        elif batch.real is None:
-            batch.history.append(rows.reshape(n, q))
-        else:
-            places = np.full((n, q), PADDING)
-            places[batch.real] = rows
-            batch.history.append(places)
-        return Step(
+        self.under_way = Step(
             step=self._step,
             phase=phase,
             n_sequences=n,
@@ -312,6 +309,16 @@ class RowTracker:
             events=self.take_events(),
             history=batch.history,
         )
+        # Behind it, so that no row is known that belongs to no step, wherever an interrupt strikes.
+        if batch.real is None and q == 1:
+            batch.history.append_tokens(rows)
+        elif batch.real is None:
+            batch.history.append(rows.reshape(n, q))
+        else:
+            places = np.full((n, q), PADDING)
+            places[batch.real] = rows
+            batch.history.append(places)
+        return self.under_way
 
     def _sequences(self, batch: Batch, ids: _Int64 | None) -> dict[str, Column] | None:
         """Columns of the `sequences` table: what begins in this pass, or branches off in it."""

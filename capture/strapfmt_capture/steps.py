@@ -25,13 +25,14 @@ import numpy as np
 import torch
 
 from strapfmt.errors import CaptureError, CompiledModelError, DiskSpaceError, RingFullError
-from strapfmt_capture.calls import Call, OpenStep, call_of, is_on_stack, kept_of, positions_of
+from strapfmt_capture.calls import Call, Counts, OpenStep, call_of, is_on_stack, kept_of, positions_of
 from strapfmt_capture.compiled import resumed
 from strapfmt_capture.drain_home import DrainHome
 from strapfmt_capture.dropped import INTERRUPTED, RING_FULL
 from strapfmt_capture.eager import is_repetition
 from strapfmt_capture.inputs import named_arguments, read_inputs
 from strapfmt_capture.items import Boundary, Events, StepEnd, StepStart
+from strapfmt_capture.passes import Step
 from strapfmt_capture.placement import Placement
 from strapfmt_capture.rings import FULL_SHARE, Rings
 from strapfmt_capture.rows import RowTracker
@@ -64,7 +65,9 @@ class Steps:
     ----------
     process : int
         The one in which passes are recorded.
-    n_steps, n_dropped_steps, n_spilled_steps, n_abandoned_steps, n_paused_passes, n_tokens : int
+    counts : Counts
+        Of the steps that have begun.
+    n_paused_passes : int
     is_paused : bool
         Whether passes are counted only.
     under_way : OpenStep or None
@@ -82,9 +85,8 @@ class Steps:
         selector: Selector | None = None,
     ) -> None:
         self.process = os.getpid()
-        self.n_steps, self.n_dropped_steps, self.n_abandoned_steps, self.n_tokens = 0, 0, 0, 0
+        self.counts, self.n_paused_passes, self.is_paused = Counts(), 0, False
         self._rings, self._drain, self._tracker = rings, drain, tracker
-        self.n_spilled_steps, self.n_paused_passes, self.is_paused = 0, 0, False
         self._on_full, self._on_complete, self._selector = on_full, on_complete, selector
         self._call: Call | None = None
         self.under_way: OpenStep | None = None
@@ -317,40 +319,48 @@ class Steps:
                 f"the ring is full ({self._rings.fill:.0%} of {self._rings.most_bytes} bytes wait to be written) and "
                 'on_full="raise"; use "block", "drop" or "spill", a larger host_ring_bytes, fewer sites, a faster disk'
             )
-        if self._rings.divert(is_full):
-            self.n_spilled_steps, is_full = self.n_spilled_steps + 1, False
-        is_full = is_full and self._on_full == "drop"
-        step = self._tracker.begin(call.module, call.inputs)
+        call.is_spilled = self._rings.divert(is_full)
+        call.is_full = is_full and self._on_full == "drop"
+        # One that an interrupt has cut off here before is described already.
+        step = self._tracker.under_way or self._tracker.begin(call.module, call.inputs)
         if call.output is not None:
             self._tracker.returned(call.output)
-        whole = Placement(n_rows=len(step.rows), index=step.selected, rows=step.rows)
-        open_step = self.under_way = OpenStep(
-            step=step,
-            batch=(step.n_sequences, step.n_query),
-            whole=whole,
-            chosen=positions_of(call.kept, step.n_query) if step.is_language else None,
-            stored=None if self._selector else whole,
-        )
+        open_step = self.under_way = _opened(call, step)
         try:
-            if self._selector is not None:
-                open_step.stored = self._selector.choose(step, whole, is_full=is_full)
+            open_step.stored = (
+                self._selector.choose(step, open_step.whole, is_full=call.is_full)
+                if self._selector
+                else open_step.whole
+            )
         finally:  # what is asked may fail, and then there is a step that does
-            self._start(open_step, is_full)
+            self._start(call, open_step)
         return open_step
 
-    def _start(self, open_step: OpenStep, is_full: bool) -> None:
-        step, stored = open_step.step, open_step.stored
-        if is_full and stored is not None:
-            open_step.is_dropped = True
-            self.n_dropped_steps += 1
-            if stored.rows is not None and step.tokens is not None:
+    def _start(self, call: Call, open_step: OpenStep) -> None:
+        """Say that a step has begun; where an interrupt cuts this off, its end says so."""
+        step, stored, counts = open_step.step, open_step.stored, self.counts
+        if call.counts is None:
+            open_step.is_dropped = call.is_full and stored is not None
+            if (
+                open_step.is_dropped
+                and stored is not None
+                and stored.rows is not None
+                and step.tokens is not None
+            ):
                 step.tokens.dropped = np.isin(step.rows, stored.rows)
-        whole = open_step.whole
-        is_all = stored is whole and whole.index is None and whole.n_rows > 0
-        open_step.takes_all = is_all and not open_step.is_dropped
-        self.n_steps += 1
-        self.n_tokens += len(step.rows)
+            whole = open_step.whole
+            is_all = stored is whole and whole.index is None and whole.n_rows > 0
+            open_step.takes_all = is_all and not open_step.is_dropped
+            call.counts = Counts(
+                n_steps=counts.n_steps + 1,
+                n_tokens=counts.n_tokens + len(step.rows),
+                n_dropped_steps=counts.n_dropped_steps + open_step.is_dropped,
+                n_spilled_steps=counts.n_spilled_steps + call.is_spilled,
+                n_abandoned_steps=counts.n_abandoned_steps,
+            )
+        self.counts = call.counts
         self._rings.publish(StepStart(step=step))
+        call.is_started = True
 
     def _end_well(self, call: Call) -> None:
         open_step = self.under_way or self._begin(call)
@@ -361,9 +371,17 @@ class Steps:
             self._end(call, "complete", None)
 
     def _end(self, call: Call, status: str, reason: str | None) -> None:
+        """End the step of a call, if it has begun; said again behind an interrupt, it is the same end."""
+        if self.under_way is None and self._tracker.under_way is not None:
+            self.under_way = _opened(call, self._tracker.under_way)
         if self.under_way is not None:  # else it was cut off before anything happened
+            if not call.is_started:
+                self._start(call, self.under_way)
             if call.end is None:
                 self._rings.flush()  # an interrupt in here loses values, and then the step is none that is complete
+                if status == "abandoned":
+                    n_abandoned = self.counts.n_abandoned_steps + 1
+                    call.counts = self.counts._replace(n_abandoned_steps=n_abandoned)
                 call.end = StepEnd(
                     step=self.under_way.step,
                     started_ns=call.started_ns,
@@ -373,10 +391,22 @@ class Steps:
                     dropped=self.under_way.dropped,
                     is_whole=not self._tracker.keys.is_in_block,
                 )
-                self.n_abandoned_steps += status == "abandoned"
+            assert call.counts is not None
+            self.counts = call.counts
             self._tracker.end(call.end.status, call.end.reason)
             self._rings.publish(call.end)
         self.under_way = self._call = None
+
+
+def _opened(call: Call, step: Step) -> OpenStep:
+    """Return a step that begins, of which nothing is stored yet."""
+    return OpenStep(
+        step=step,
+        batch=(step.n_sequences, step.n_query),
+        whole=Placement(n_rows=len(step.rows), index=step.selected, rows=step.rows),
+        chosen=positions_of(call.kept, step.n_query) if step.is_language else None,
+        stored=None,
+    )
 
 
 def _reason(error: BaseException | None) -> str:

@@ -1,0 +1,104 @@
+"""An interrupt at any line of what a capture does in the model's thread: what is left is true, and it goes on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interrupts import interrupt_at
+from models import tiny_model
+from transformers import DynamicCache, PreTrainedModel
+
+import strapfmt
+from strapfmt.reader import Reader
+
+SITES = ["embed", "blocks.0.resid_post", "blocks.0.mlp_out"]
+
+
+class Script:
+    """Passes whose tokens are all different, and what is known of each: its position and its embedding."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.n_tokens = 0
+        self.positions: dict[int, int] = {}
+
+    def ids(self, n: int) -> torch.Tensor:
+        self.n_tokens += n
+        assert self.n_tokens <= self.model.config.vocab_size
+        return torch.arange(self.n_tokens - n, self.n_tokens)[None]
+
+    def run(self, cache: DynamicCache, n: int) -> None:
+        ids = self.ids(n)
+        past = cache.get_seq_length()
+        self.positions |= {token: past + place for place, token in enumerate(ids[0].tolist())}
+        with torch.no_grad():
+            self.model(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("is_known", [False, True], ids=["first_pass", "later_pass"])
+@pytest.mark.parametrize("n_query", [1, 3])
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 7])
+def test_an_interrupt_at_any_line_of_a_pass(
+    tmp_path: Path, n_query: int, is_known: bool, stride: int
+) -> None:
+    model = tiny_model("llama", vocab_size=8192)
+    script = Script(model)
+    n_clean, line, was_interrupted = 0, 0, True
+    cap: Any = strapfmt.capture(model, tmp_path / "0.strap", sites=SITES, quiet=True, host_ring_bytes=1 << 20)
+    with cap:
+        while was_interrupted:
+            line += stride
+            cache = DynamicCache(config=model.config)
+            if is_known:
+                script.run(cache, 3)
+                n_clean += 1
+            was_interrupted = interrupt_at(
+                line, partial(script.run, cache, n_query), within="/strapfmt_capture/"
+            )
+            script.run(cache, 1)
+            n_clean += 1
+    assert line > 300
+    reader = Reader(tmp_path / "0.strap", verify="always")
+    assert reader.report.is_clean
+    steps = reader.steps.to_arrow().to_pylist()
+    tokens = reader.tokens.to_arrow().to_pylist()
+    by_row = {token["row"]: token for token in tokens}
+    assert len(by_row) == len(tokens)
+    assert len({step["step"] for step in steps}) == len(steps)
+    assert Counter(token["step"] for token in tokens) == {step["step"]: step["n_rows"] for step in steps}
+    assert {token["sequence_id"] for token in tokens} == {
+        each["sequence_id"] for each in reader.sequences.to_arrow().to_pylist()
+    }
+    # Rows are those of the tokens that were given.
+    assert all(script.positions[token["token_id"]] == token["position"] for token in tokens)
+    for token in tokens:
+        before = by_row.get(token["parent_row"])
+        if token["position"]:
+            assert before is not None
+            assert before["position"] == token["position"] - 1
+            assert before["sequence_id"] == token["sequence_id"]
+    # Complete steps are complete, and all that were not interrupted are so.
+    complete = {step["step"] for step in steps if step["status"] == "complete"}
+    rows = {token["row"] for token in tokens if token["step"] in complete}
+    assert len(complete) >= n_clean
+    for name in SITES:
+        assert rows <= set(reader[name].rows.tolist()) <= set(by_row)
+    embedded = model.get_input_embeddings().weight.detach()
+    ids = [by_row[row]["token_id"] for row in reader["embed"].rows.tolist()]
+    assert torch.equal(reader["embed"].tensor(), embedded[ids])
+    # The account agrees.
+    report = cap.report
+    n_abandoned = sum(step["status"] == "abandoned" for step in steps)
+    assert (report.n_steps, report.n_tokens, report.n_abandoned_steps) == (
+        len(steps),
+        len(tokens),
+        n_abandoned,
+    )
+    for site in report.sites:
+        assert site.expected == site.written + site.dropped
+        assert site.written == reader[site.name].n_rows
