@@ -14,7 +14,8 @@ from strapfmt.errors import DrainError
 from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
 from strapfmt_capture.disk_space import DiskSpace
-from strapfmt_capture.drain import Drain, Progress, turn_bytes
+from strapfmt_capture.drain import Drain, Progress
+from strapfmt_capture.intake import turn_bytes
 from strapfmt_capture.items import Finish, Item
 from strapfmt_capture.ring import Ring
 from strapfmt_capture.spill import Spill
