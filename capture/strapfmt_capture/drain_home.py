@@ -36,13 +36,16 @@ class DrainHome(ABC):
     Parameters
     ----------
     ring : Ring
-    path : Path
-        The dataset.
-    rank : int
+    space : DiskSpace
+        Told in every turn what there is to write.
+    spill_path : Path or None
+        Where steps are spilled.
 
     Attributes
     ----------
-    path, rank
+    path : Path
+        The dataset.
+    rank : int
     space : DiskSpace
     sites : mapping of str to SiteSpec
         What the dataset held as the session began, at least.
