@@ -17,7 +17,8 @@ from benchmarks.workloads import activations, bits
 from strapfmt.schema import SiteSpec
 from strapfmt.spec import STATISTICS
 from strapfmt.writer import DatasetWriter
-from strapfmt_capture.drain import Drain, turn_bytes
+from strapfmt_capture.drain import Drain
+from strapfmt_capture.intake import turn_bytes
 from strapfmt_capture.items import Finish, Item, StepEnd, StepStart
 from strapfmt_capture.passes import Step, Tokens
 from strapfmt_capture.ring import Ring

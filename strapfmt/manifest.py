@@ -191,7 +191,7 @@ class Manifest:
 
     def n_rows_of_table(self, name: str) -> int:
         """Return how many rows a table has."""
-        return sum(shard.n_rows for table in self.tables if table.name == name for shard in table.shards)
+        return sum(table.n_rows for table in self.tables if table.name == name)
 
     def encode(self) -> bytes:
         """Return the file's bytes; the checksum of all before it comes last."""

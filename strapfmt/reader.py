@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -12,25 +11,23 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from strapfmt import spec
 from strapfmt.arguments import as_integer, as_names, integers_of
 from strapfmt.errors import (
     ArgumentError,
     CorruptError,
     DatasetChangedError,
     DatasetClosedError,
-    UnsupportedError,
 )
-from strapfmt.manifest import Manifest, Shard, SiteEntry
+from strapfmt.manifest import Manifest
 from strapfmt.marks import Mark, marks_of
 from strapfmt.paths import absolute_path
 from strapfmt.ranks import read_manifests
 from strapfmt.report import RankReport, Report, SiteReport
-from strapfmt.schema import TABLE_SCHEMAS, SiteSpec, site_schema
 from strapfmt.sequence import SequenceView, Tokens
 from strapfmt.shard_reader import ShardReader
 from strapfmt.site import Site
 from strapfmt.sites_view import SitesView
+from strapfmt.state import State, entries_by_site
 from strapfmt.table import TableView
 
 if TYPE_CHECKING:
@@ -67,7 +64,7 @@ class Reader:
         #: Absolute, so that a change of directory means nothing.
         self.path, self.verify = absolute_path(path), verify
         self._is_closed = False
-        self._shards: dict[tuple[Any, ...], ShardReader] = {}
+        self._state: State | None = None
         self.refresh()
 
     # State.
@@ -91,98 +88,22 @@ class Reader:
 
     def _load(self, manifests: dict[int, Manifest], *, is_whole: bool) -> None:
         """Make everything anew; not `is_whole`: no writer moved on, and yet files are missing."""
-        before = self._shards
-        self._shards = {}
-        self._roots = {rank: self.path / spec.RANK_DIRECTORY.format(rank=rank) for rank in manifests}
-        sites: dict[str, Site] = {}
-        for name, entries in _by_site(manifests).items():
-            sites[name] = self._load_site(entries, before)
-        tables = {name: self._load_table(name, manifests, before) for name in TABLE_SCHEMAS}
-        for shard in self._shards.values():
-            if not shard.shard.is_sealed:
-                later = (CorruptError,) if is_whole else (CorruptError, DatasetChangedError)
-                with contextlib.suppress(*later):  # raised again when it is read
-                    shard.pin()
+        state = State(
+            self.path,
+            manifests,
+            earlier={} if self._state is None else self._state.shards,
+            verify=self.verify == "always",
+            reopen=self._reopening(),
+        )
+        state.pin((CorruptError,) if is_whole else (CorruptError, DatasetChangedError))
+        self._state = state
         #: The manifest of each rank.
         self.manifests = manifests
-        self._loaded_sites, self._loaded_tables = sites, tables
         self._read_tokens: Tokens | None = None
-
-    def _load_site(
-        self, entries: Mapping[int, SiteEntry], before: Mapping[tuple[Any, ...], ShardReader]
-    ) -> Site:
-        """Return a site whose ranks hold these entries."""
-        first = next(iter(entries.values()))
-        problem = _unknown(first.spec)
-        for rank, entry in entries.items():
-            for field in ("dtype", "shape", "row_space", "statistics"):
-                here, there = getattr(entry.spec, field), getattr(first.spec, field)
-                if here != there:
-                    problem = (
-                        f"its {field} is {there} in rank {next(iter(entries))} and {here} in rank {rank}, so the ranks "
-                        f"are no one tensor; open one rank's files with an Arrow reader, or capture again"
-                    )
-            if entry.derived_from:
-                problem = (
-                    f"it is derived from {', '.join(entry.derived_from)}, which this version cannot compute"
-                )
-        shards: list[ShardReader] = []
-        if not problem:
-            try:
-                shards = self._site_shards(entries, before)
-            except UnsupportedError as error:
-                problem = str(error)
-        site = Site(
-            first.spec,
-            first.layout,
-            shards,
-            problem=problem,
-            where=str(self.path),
-            verify=self.verify == "always",
-        )
-        site.reopen = self._reopening()
-        return site
-
-    def _site_shards(
-        self, entries: Mapping[int, SiteEntry], before: Mapping[tuple[Any, ...], ShardReader]
-    ) -> list[ShardReader]:
-        schema = cache(partial(site_schema, next(iter(entries.values())).spec))
-        shards = []
-        for rank, entry in entries.items():
-            make = partial(ShardReader, schema=schema, site=entry.spec, layout=entry.layout)
-            shards += [self._shard(rank, shard, before, make) for shard in entry.shards]
-        return shards
-
-    def _load_table(
-        self, name: str, manifests: Mapping[int, Manifest], before: Mapping[tuple[Any, ...], ShardReader]
-    ) -> TableView:
-        schema = TABLE_SCHEMAS[name]
-        shards = [
-            self._shard(rank, shard, before, partial(ShardReader, schema=lambda: schema))
-            for rank, manifest in manifests.items()
-            for entry in manifest.tables
-            if entry.name == name
-            for shard in entry.shards
-        ]
-        return TableView(name, schema, shards, self._reopening())
-
-    def _shard(
-        self,
-        rank: int,
-        shard: Shard,
-        before: Mapping[tuple[Any, ...], ShardReader],
-        make: Callable[[Path, Shard], ShardReader],
-    ) -> ShardReader:
-        """Return the reader of a shard, the same one as long as the shard is the same."""
-        key = (rank, *((part.file, part.hash) for part in shard.parts))
-        reader = before.get(key) or make(self._roots[rank], shard)
-        self._shards[key] = reader
-        return reader
 
     def close(self) -> None:
         """Let go of all maps; tensors and tables that were handed out keep theirs alive."""
-        self._shards = {}
-        self._loaded_sites, self._loaded_tables, self._read_tokens = {}, {}, None
+        self._state = self._read_tokens = None
         self._is_closed = True
 
     def _check_open(self) -> None:
@@ -190,14 +111,18 @@ class Reader:
             raise DatasetClosedError(f"{self.path}: this dataset was closed; open it again")
 
     @property
-    def _sites(self) -> dict[str, Site]:
+    def _loaded(self) -> State:
         self._check_open()
-        return self._loaded_sites
+        assert self._state is not None
+        return self._state
+
+    @property
+    def _sites(self) -> dict[str, Site]:
+        return self._loaded.sites
 
     @property
     def _tables(self) -> dict[str, TableView]:
-        self._check_open()
-        return self._loaded_tables
+        return self._loaded.tables
 
     def __enter__(self) -> Self:
         return self
@@ -221,8 +146,7 @@ class Reader:
 
     def shards(self) -> Iterator[ShardReader]:
         """Yield every shard of every table and site, for what looks at files rather than rows."""
-        self._check_open()
-        yield from self._shards.values()
+        yield from self._loaded.shards.values()
 
     @property
     def names(self) -> list[str]:
@@ -352,7 +276,7 @@ class Reader:
         )
         counts = {
             name: [entry.counts for entry in entries.values()]
-            for name, entries in _by_site(self.manifests).items()
+            for name, entries in entries_by_site(self.manifests).items()
         }
         sites = tuple(
             SiteReport(
@@ -389,23 +313,6 @@ class Reader:
         if self._is_closed:
             return f"{type(self).__name__}({str(self.path)!r}: closed)"
         return f"{type(self).__name__}({str(self.path)!r}: {len(self.tokens)} tokens, {len(self)} sites)"
-
-
-def _by_site(manifests: Mapping[int, Manifest]) -> dict[str, dict[int, SiteEntry]]:
-    """Return the entry of every rank that has one, by site in the order of declaration."""
-    found: dict[str, dict[int, SiteEntry]] = {}
-    for rank, manifest in manifests.items():
-        for entry in manifest.sites:
-            found.setdefault(entry.spec.name, {})[rank] = entry
-    return found
-
-
-def _unknown(site: SiteSpec) -> str:
-    try:
-        site.check_known()
-    except ArgumentError as error:
-        return f"{error}: install a newer strapfmt"
-    return ""
 
 
 def _common(arrays: Sequence[Array]) -> Array:

@@ -134,7 +134,7 @@ class DatasetWriter:
         if known is not None and known != site:
             raise ArgumentError(f"site {site.name!r} is declared as {known}; got {site}")
         if site.name not in self._sites:
-            self._sites[site.name] = self._open_site(site)
+            self._sites[site.name] = self._session.open_site(site)
             self._specs[site.name] = site
 
     def write(
@@ -330,9 +330,6 @@ class DatasetWriter:
                 self._disk.mkdir(self._claim.root / name)
         for directory in (self.path, self.path.parent):
             self._disk.sync_directory(directory)
-
-    def _open_site(self, site: SiteSpec) -> SiteWriter:
-        return self._session.open_site(site)
 
     def _table(self, name: str) -> TableWriter:
         if name not in self._tables:

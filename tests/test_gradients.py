@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 import strapfmt
 from strapfmt.errors import ArgumentError, CaptureError, CompiledModelError, SiteNeverFiredError
 from strapfmt.reader import Reader
-from strapfmt_capture.rings import _HostStreams
+from strapfmt_capture.device_ring import HostStreams
 from strapfmt_capture.sites import resolve
 
 RESID = "blocks.*.resid_post"
@@ -675,7 +675,7 @@ def test_a_device_that_works_beside_the_host_gives_its_gradients(
     model = tiny_model("llama")
     with watched(resid_places(model)) as seen:
         loss_of(model).backward()
-    monkeypatch.setattr("strapfmt_capture.rings.streams_of", lambda device: _HostStreams())
+    monkeypatch.setattr("strapfmt_capture.rings.streams_of", lambda device: HostStreams())
     with strapfmt.capture(model, tmp_path / "x.strap", sites=RESID, backward=True, quiet=True) as cap:
         loss_of(model).backward()
     assert cap._engine is not None

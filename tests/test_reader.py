@@ -312,7 +312,7 @@ def test_an_unknown_way_to_verify_is_refused(path: Path) -> None:
 
 def test_opening_makes_no_schema_of_a_site(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_dataset(path)
-    monkeypatch.setattr("strapfmt.reader.site_schema", lambda site: pytest.fail(f"of {site.name}"))
+    monkeypatch.setattr("strapfmt.state.site_schema", lambda site: pytest.fail(f"of {site.name}"))
     with Reader(path) as reader:
         assert len(reader["logits"]) > 0
         assert str(reader.report)

@@ -16,7 +16,7 @@ import torch
 
 from strapfmt_capture.ring import Ring, Slot
 
-__all__ = ["GPU_RING_BYTES", "CudaStreams", "DeviceRing", "Entry", "Streams"]
+__all__ = ["GPU_RING_BYTES", "CudaStreams", "DeviceRing", "Entry", "HostStreams", "Streams", "streams_of"]
 
 GPU_RING_BYTES = 256 << 20
 # A mark is recorded behind so many bytes, besides at the end of every step. Larger transfers gain nothing, and
@@ -100,6 +100,35 @@ class CudaStreams:
             runtime.cudaHostUnregister(memory.data_ptr())
 
         return unpin
+
+
+class HostStreams:
+    """Host memory beside a GPU: what was copied is there."""
+
+    def current(self) -> int:
+        """Return the stream that the model uses now, of which there is one."""
+        return 0
+
+    def mark(self, stream: Any) -> int:
+        """Return what stands for an event that has come."""
+        return 0
+
+    def fetch(self, source: torch.Tensor, target: torch.Tensor, after: Sequence[Any]) -> int:
+        """Copy."""
+        target.copy_(source)
+        return 0
+
+    def wait(self, event: Any) -> None:
+        """Return at once."""
+
+    def pin(self, memory: torch.Tensor) -> Callable[[], None]:
+        """Refuse."""
+        raise RuntimeError("host memory is not pinned for the host")
+
+
+def streams_of(device: torch.device) -> Streams | None:
+    """Return the streams of a device that works beside the host; None for one whose values are simply copied."""
+    return CudaStreams(device) if device.type == "cuda" else None
 
 
 @dataclass(slots=True)

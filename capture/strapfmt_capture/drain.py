@@ -3,64 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
-from strapfmt_capture.dropped import DroppedRows
-from strapfmt_capture.items import (
-    Annotation,
-    Boundary,
-    Events,
-    Finish,
-    Item,
-    Spilled,
-    StepEnd,
-    StepStart,
-)
-from strapfmt_capture.messages import ItemReader
-from strapfmt_capture.passes import Step, token_columns
+from strapfmt_capture.intake import Intake, Source, Turn
+from strapfmt_capture.items import Annotation, Boundary, Finish, Item, StepEnd
 from strapfmt_capture.spill import SpillFile
 from strapfmt_capture.statistics import Columns, RowStatistics
+from strapfmt_capture.step_tables import StepTables
 from strapfmt_capture.turn import (
     Block,
     Piece,
     Values,
     compute_statistics,
-    merged,
     pieces_of,
     statistics_of,
     values_of,
 )
 
-__all__ = ["Drain", "Progress", "Source", "turn_bytes"]
-
-_TURN_SHARE = 8
-_TURN_BYTES = 16 << 20
-
-
-class Source(Protocol):
-    """Where a drain takes items from: a `Ring`, or what arrives from one in another process."""
-
-    @property
-    def is_aborted(self) -> bool:
-        """Whether nothing more is to be written."""
-
-    @property
-    def position(self) -> int:
-        """Position behind everything taken so far, for `release`."""
-
-    def take(self, max_bytes: int, *, wait: bool = True) -> list[Item]:
-        """Take items in order; none, if `wait`, means that no more will come."""
-
-    def abort(self) -> None:
-        """Say that nothing more will be taken."""
+__all__ = ["Drain", "Progress"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -129,15 +95,12 @@ class Drain:
         on_turn: Callable[[Progress, int], None],
     ) -> None:
         self._source, self._writer, self._spill = source, writer, spill
-        self._intake = _Intake(source, spill, specs)
+        self._intake = Intake(source, spill, specs)
         self._max_bytes, self._on_turn = max_bytes, on_turn
-        self._statistics, self._dropped = RowStatistics(), DroppedRows()
-        #: The next free row behind the last step that ended.
-        self._next_row = writer.reserve("row", 0)
+        self._tables, self._statistics = StepTables(writer), RowStatistics()
         #: By site: the last call that hooks counted, and its number in the dataset.
         self._calls: dict[str, tuple[int, int]] = {}
-        self._open: Step | None = None
-        self._n_abandoned = self._pass_bytes = self._released = 0
+        self._pass_bytes = self._released = 0
         self._told_s = 0.0
         self._finish: Finish | None = None
         self._progress = Progress()
@@ -173,7 +136,7 @@ class Drain:
 
     def _drain(self) -> None:
         """Take turns: while the writer's own thread writes one turn, the statistics of the next are computed."""
-        written = _Turn([], 0, 0)
+        written = Turn([], 0, 0)
         while True:
             turn = self._intake.take(self._max_bytes, wait=False)
             if turn is None:
@@ -187,9 +150,9 @@ class Drain:
             self._writer.wait()
             self._release(written)
             self._write(parts, statistics)
-            written = _Turn([], turn.position, turn.spilled)
+            written = Turn([], turn.position, turn.spilled)
 
-    def _release(self, turn: _Turn) -> None:
+    def _release(self, turn: Turn) -> None:
         self._released = turn.position
         if self._spill is not None:
             self._spill.release(turn.spilled)
@@ -217,7 +180,7 @@ class Drain:
                 self._pass_bytes = 0
 
     def _write_items(self, items: Sequence[Item], values: Sequence[Values], statistics: Columns) -> None:
-        self._write_tables(items)
+        self._tables.begin(items)
         for item in items:
             if isinstance(item, SiteSpec):
                 self._writer.add_site(item)
@@ -226,28 +189,10 @@ class Drain:
         pieces = list(pieces_of(values))
         for piece, columns in zip(pieces, statistics_of(pieces, statistics), strict=True):
             self._write_piece(piece, columns)
-        for item in items:
-            if isinstance(item, StepStart):
-                self._open = item.step
-            elif isinstance(item, StepEnd):
-                self._open = None
-        self._write_ends([item for item in items if isinstance(item, StepEnd)])
+        self._tables.end(items)
         for item in items:
             if isinstance(item, Finish):
                 self._finish = item
-
-    def _write_tables(self, items: Sequence[Item]) -> None:
-        """Write what steps begin with, each table once."""
-        steps = [item.step for item in items if isinstance(item, StepStart)]
-        if any(len(step.rows) for step in steps):
-            self._writer.write_table("tokens", token_columns(steps))
-        self._write_table("sequences", [step.sequences for step in steps if step.sequences is not None])
-        events = [step.events for step in steps if step.events is not None]
-        self._write_table("row_events", events + [item.columns for item in items if isinstance(item, Events)])
-
-    def _write_table(self, name: str, parts: Sequence[dict[str, Any]]) -> None:
-        if parts:
-            self._writer.write_table(name, merged(name, parts))
 
     def _write_piece(self, piece: Piece, statistics: Columns) -> None:
         name, n_rows, values = piece.spec.name, piece.n_rows, piece.stored()
@@ -268,32 +213,6 @@ class Drain:
         self._calls[site] = int(calls[-1]), int(numbers[-1])
         return numbers
 
-    def _write_ends(self, ends: Sequence[StepEnd]) -> None:
-        rows: list[dict[str, Any]] = []
-        for end in ends:
-            step = end.step
-            if len(step.rows):
-                self._next_row = int(step.rows[-1]) + 1
-            for name, n_rows in end.dropped.items():
-                self._writer.count(name, expected=n_rows, dropped=n_rows)
-            self._dropped.add(end)
-            if end.status == "abandoned":
-                self._n_abandoned += 1
-                self._write_abandoned(end)
-            rows.append(_step_columns(end, self._next_row))
-        self._write_table("steps", rows)
-
-    def _write_abandoned(self, end: StepEnd) -> None:
-        n_rows = len(end.step.rows)
-        if n_rows:
-            columns = {
-                "row": end.step.rows,
-                "step": np.full(n_rows, end.step.step),
-                "event": ["abandoned"] * n_rows,
-                "detail": [end.reason] * n_rows,
-            }
-            self._writer.write_table("row_events", columns)
-
     def _end(self) -> None:
         if self._finish is None:
             self._leave()
@@ -302,96 +221,21 @@ class Drain:
 
     def _close(self, finish: Finish) -> None:
         """Count what an interrupt has kept from the ring, and close the dataset."""
-        dropped = self._dropped.by_site
+        dropped = self._tables.dropped
         for name, n_rows in finish.seen.items():
-            n_lost = n_rows - self._progress.written.get(name, 0) - dropped.get(name, 0)
-            if n_lost > 0 and self._n_abandoned:
+            n_lost = n_rows - self._progress.written.get(name, 0) - dropped.by_site.get(name, 0)
+            if n_lost > 0 and self._tables.n_abandoned:
                 self._progress.lost[name] = n_lost
                 self._writer.count(name, expected=n_lost, dropped=n_lost)
-        self._dropped.add_lost(self._progress.lost)
+        dropped.add_lost(self._progress.lost)
         outcome = finish.facts.get("outcome", {})
-        self._writer.close(
-            provenance={**finish.facts, "outcome": {**outcome, "dropped": self._dropped.to_list()}}
-        )
+        self._writer.close(provenance={**finish.facts, "outcome": {**outcome, "dropped": dropped.to_list()}})
         self._tell()
 
     def _leave(self) -> None:
         """Commit what is there, for a process that has ended without a word."""
-        if self._open is not None:
-            reason = "the process that ran the model has ended"
-            end = StepEnd(
-                step=self._open,
-                started_ns=time.time_ns(),
-                duration_s=0.0,
-                status="abandoned",
-                reason=reason,
-                dropped={},
-            )
-            self._write_ends([end])
+        self._tables.abandon("the process that ran the model has ended")
         self._writer.commit()
-
-
-class _Turn(NamedTuple):
-    """What is written together; `position` and `spilled` say which memory and which part of the spill file it is."""
-
-    items: list[Item]
-    position: int
-    spilled: int
-
-
-class _Intake:
-    """Takes items from a source, and from the spill file where the source says so."""
-
-    def __init__(self, source: Source, spill: SpillFile | None, specs: dict[str, SiteSpec]) -> None:
-        self._source, self._spill, self._specs = source, spill, specs
-        self._reader = ItemReader(specs)
-        self._waiting: deque[Item] = deque()
-        self._position = self._spilled = 0
-        self._last_begun = self._last_ended = -1
-
-    def take(self, max_bytes: int, *, wait: bool) -> _Turn | None:
-        """Return what comes next, None if there is nothing yet or, after waiting, nothing any more."""
-        if not self._waiting:
-            self._waiting.extend(self._source.take(max_bytes, wait=wait))
-            if not self._waiting:
-                return None
-        items = self._read_back() if isinstance(self._waiting[0], Spilled) else list(self._next())
-        if not self._waiting:
-            self._position = self._source.position
-        return _Turn([item for item in items if not self._is_said_again(item)], self._position, self._spilled)
-
-    def _is_said_again(self, item: Item) -> bool:
-        """Whether this is the beginning or end of a step that was said before: an interrupt right behind does that."""
-        if isinstance(item, StepStart):
-            last, self._last_begun = self._last_begun, item.step.step
-            return last == self._last_begun
-        if isinstance(item, StepEnd):
-            last, self._last_ended = self._last_ended, item.step.step
-            return last == self._last_ended
-        return False
-
-    def _next(self) -> Iterator[Item]:
-        """Take items up to the next that is spilled."""
-        while self._waiting and not isinstance(self._waiting[0], Spilled):
-            item = self._waiting.popleft()
-            if isinstance(item, SiteSpec):
-                self._specs[item.name] = item
-            yield item
-
-    def _read_back(self) -> list[Item]:
-        """Read one record of the spill file."""
-        spilled = self._waiting[0]
-        assert isinstance(spilled, Spilled)
-        assert self._spill is not None
-        items, self._spilled = self._spill.read(max(spilled.start, self._spilled), self._reader)
-        if self._spilled == spilled.stop:
-            self._waiting.popleft()
-        return items
-
-
-def turn_bytes(ring_bytes: int) -> int:
-    """Return how many bytes of values a turn has, so that two of them leave most of the ring to the hooks."""
-    return min(_TURN_BYTES, ring_bytes // _TURN_SHARE)
 
 
 def _parts(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
@@ -404,19 +248,3 @@ def _parts(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
 def _may_be_committed(item: Item) -> bool:
     """Whether everything up to here is whole."""
     return isinstance(item, Boundary) or (isinstance(item, StepEnd) and item.is_whole)
-
-
-def _step_columns(end: StepEnd, next_row: int) -> dict[str, list[Any]]:
-    step = end.step
-    return {
-        "step": [step.step],
-        "phase": [step.phase],
-        "n_sequences": [step.n_sequences],
-        "n_query": [step.n_query],
-        "n_rows": [len(step.rows)],
-        "first_row": [int(step.rows[0]) if len(step.rows) else next_row],
-        "started_ns": [end.started_ns],
-        "duration_s": [end.duration_s],
-        "status": [end.status],
-        "reason": [end.reason],
-    }

@@ -22,8 +22,9 @@ import torch
 from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
 from strapfmt_capture.channel import Channel
-from strapfmt_capture.drain import Drain, Progress, turn_bytes
+from strapfmt_capture.drain import Drain, Progress
 from strapfmt_capture.failures import described
+from strapfmt_capture.intake import turn_bytes
 from strapfmt_capture.items import Item
 from strapfmt_capture.memory import Memory
 from strapfmt_capture.messages import ItemReader

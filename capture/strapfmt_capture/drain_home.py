@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from strapfmt.errors import DrainError
 from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
 from strapfmt_capture.disk_space import DiskSpace
-from strapfmt_capture.drain import Drain, Progress, turn_bytes
+from strapfmt_capture.drain import Drain, Progress
+from strapfmt_capture.failures import stopped
+from strapfmt_capture.intake import turn_bytes
 from strapfmt_capture.items import Finish, Item
 from strapfmt_capture.ring import Ring
 from strapfmt_capture.spill import Spill
@@ -35,13 +36,16 @@ class DrainHome(ABC):
     Parameters
     ----------
     ring : Ring
-    path : Path
-        The dataset.
-    rank : int
+    space : DiskSpace
+        Told in every turn what there is to write.
+    spill_path : Path or None
+        Where steps are spilled.
 
     Attributes
     ----------
-    path, rank
+    path : Path
+        The dataset.
+    rank : int
     space : DiskSpace
     sites : mapping of str to SiteSpec
         What the dataset held as the session began, at least.
@@ -116,11 +120,8 @@ class DrainHome(ABC):
             With the failure as its cause.
         """
         if self._failure is not None:
-            raise DrainError(
-                f"{self.path}: writing failed after {self.progress.n_rows} rows, and what was captured since the last "
-                f"commit is lost ({type(self._failure).__name__}: {self._failure}); what was committed before can be "
-                "read where it is, mode='append' goes on behind it, and `strapfmt repair` finds what else is whole"
-            ) from self._failure
+            what = f"{self.path}: writing failed after {self.progress.n_rows} rows"
+            raise stopped(what, self._failure) from self._failure
 
     def finish(self, finish: Finish) -> None:
         """Write what is left, close the dataset, and end the drain.

@@ -23,9 +23,10 @@ from strapfmt.errors import CaptureError
 from strapfmt.schema import SiteSpec
 from strapfmt_capture.channel import Channel
 from strapfmt_capture.disk_space import DiskSpace
-from strapfmt_capture.drain import Progress, turn_bytes
+from strapfmt_capture.drain import Progress
 from strapfmt_capture.drain_home import DrainHome
 from strapfmt_capture.failures import revived
+from strapfmt_capture.intake import turn_bytes
 from strapfmt_capture.items import Item
 from strapfmt_capture.messages import encode_items
 from strapfmt_capture.priority import set_idle

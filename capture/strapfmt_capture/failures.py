@@ -1,4 +1,4 @@
-"""Exceptions as JSON, so that what one process raises is raised in another with its type, text and facts."""
+"""Failures behind the model's thread: told by one process to another as JSON, and raised where the user waits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from strapfmt import errors
 
-__all__ = ["described", "revived"]
+__all__ = ["described", "revived", "stopped"]
 
 
 def described(error: BaseException) -> dict[str, Any]:
@@ -32,6 +32,23 @@ def revived(description: dict[str, Any]) -> Exception:
     (OSError if isinstance(error, OSError) else Exception).__init__(error, *description["args"])
     vars(error).update(description["facts"])
     return error
+
+
+def stopped(what: str, failure: BaseException) -> errors.DrainError:
+    """Return what is raised where the user waits, after a failure has kept the rest from being written.
+
+    Parameters
+    ----------
+    what : str
+        What has failed, as the beginning of a sentence.
+    failure : BaseException
+        Its cause.
+    """
+    return errors.DrainError(
+        f"{what}, and what was captured since the last commit is lost ({type(failure).__name__}: {failure}); what was "
+        "committed before can be read where it is, mode='append' goes on behind it, and `strapfmt repair` finds what "
+        "else is whole"
+    )
 
 
 def _is_plain(value: object) -> bool:

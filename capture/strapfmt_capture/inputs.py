@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from strapfmt.errors import CaptureError
+from strapfmt_capture.caches import cache_length
 from strapfmt_capture.eager import has_values
 from strapfmt_capture.encoders import vectors_of
-from strapfmt_capture.histories import cache_length
 from strapfmt_capture.wrappers import hidden_models, is_lens
 
 __all__ = ["Inputs", "named_arguments", "read_inputs"]

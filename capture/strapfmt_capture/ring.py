@@ -67,8 +67,6 @@ class Ring(Generic[Item]):
     linger_s : float
     stall_s : float
         How long producers have waited for space.
-    n_stalls : int
-        How often they had to wait.
     peak_bytes : int
         Most bytes in use at a time.
     """
@@ -83,7 +81,7 @@ class Ring(Generic[Item]):
     ) -> None:
         if n_bytes < ALIGNMENT_BYTES:
             raise ArgumentError(f"host_ring_bytes: expected at least {ALIGNMENT_BYTES}, got {n_bytes}")
-        self.stall_s, self.n_stalls, self.peak_bytes = 0.0, 0, 0
+        self.stall_s, self.peak_bytes = 0.0, 0
         self.fd: int | None = None
         try:
             self.fd = Memory.share(n_bytes) if is_shared else None
@@ -255,7 +253,6 @@ class Ring(Generic[Item]):
 
     def _wait_for_place(self, needed: int) -> Slot | None:
         started = time.monotonic()
-        self.n_stalls += 1
         try:
             while (slot := self._place(needed)) is None and not self._is_aborted:
                 self.press()

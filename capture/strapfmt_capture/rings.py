@@ -1,46 +1,31 @@
 """The rings of one capture: that in host memory, which the drain empties, and one on each GPU, emptied into it.
 
-As long as all values are in host memory, hooks write to the host's ring themselves. With the first value on a GPU a
-thread, the mover, takes over: everything then goes through the rings of the devices, numbered, and the mover alone
-fills the host's ring, in the order of the numbers. It waits for what has to be waited for: copies, and space.
+As long as all values are in host memory, hooks write to the host's ring themselves. With the first value on a GPU the
+mover takes over: everything then goes through the rings of the devices, and the mover alone fills the host's ring.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from strapfmt.errors import DrainError
 from strapfmt.schema import SiteSpec
-from strapfmt_capture.device_ring import GPU_RING_BYTES, CudaStreams, DeviceRing, Entry, Streams
+from strapfmt_capture.device_ring import GPU_RING_BYTES, DeviceRing, HostStreams, Streams, streams_of
 from strapfmt_capture.items import Annotation, Boundary, Events, Item, StepEnd
-from strapfmt_capture.ring import Ring, Signal, Slot
+from strapfmt_capture.mover import Mover
+from strapfmt_capture.ring import Ring, Slot
 from strapfmt_capture.small_values import Gatherer
 from strapfmt_capture.spill import Spill
 from strapfmt_capture.turn import Values
 
-__all__ = ["FULL_SHARE", "Rings", "streams_of"]
+__all__ = ["FULL_SHARE", "Rings"]
 
 # When more than this share is in use, a ring counts as full: the rest is for a step that has begun.
 FULL_SHARE = 1 / 2
-
-# Moved at a time: large enough that the pause between two moves does not count.
-_RUN_BYTES = 32 << 20
-_RECHECK_S = 1.0
-_PATIENCE_S = 2.0
-
-
-def streams_of(device: torch.device) -> Streams | None:
-    """Return the streams of a device that works beside the host; None for one whose values are simply copied."""
-    return CudaStreams(device) if device.type == "cuda" else None
 
 
 class Rings:
@@ -81,13 +66,10 @@ class Rings:
         self.is_pinned: bool | None = None
         self._gpu_ring_bytes, self._streams = gpu_ring_bytes, streams or streams_of
         self._by_device: dict[torch.device, Ring[Any]] = {}
-        self._numbers = itertools.count()
-        self._n_numbered = 0
-        self._work = Signal()
         self._small = Gatherer()
-        self._mover: threading.Thread | None = None
-        self._is_closed = False
-        self._failure: BaseException | None = None
+        self._mover = Mover(host, self.devices)
+        #: Let the rings of the devices be emptied up to here; raise what has stopped that: see `Mover`.
+        self.mark, self.check = self._mover.mark, self._mover.check
         self._unpin: Callable[[], None] | None = None
 
     # The producer's side.
@@ -147,13 +129,6 @@ class Rings:
             spill.settle()
             self._sink = self.host
 
-    def mark(self) -> None:
-        """Let the rings of the devices be emptied up to here."""
-        for ring in self.devices.values():
-            ring.mark()
-        if self.devices:
-            self._work.set()
-
     @property
     def most_bytes(self) -> int:
         """Bytes of the smallest ring, the most that a slot may have."""
@@ -185,41 +160,17 @@ class Rings:
         ]
         return sum(ring.stall_s for ring in rings)
 
-    def check(self) -> None:
-        """Raise what has stopped the mover, if anything has.
-
-        Raises
-        ------
-        DrainError
-            With the failure as its cause.
-        """
-        if self._failure is not None:
-            raise DrainError(
-                f"moving values from the GPU to host memory failed ({type(self._failure).__name__}: {self._failure}); "
-                "what was committed before can be read"
-            ) from self._failure
-
     def finish(self) -> None:
         """Move what is left, and end the mover."""
-        self.mark()
-        self._is_closed = True
-        self._work.set()
-        if self._mover is not None:
-            self._mover.join()
-        self.check()
+        self._mover.finish()
 
     def abort(self) -> None:
         """End the mover without moving any more."""
-        for ring in self.devices.values():
-            ring.abort()
-        self._is_closed = True
-        self._work.set()
-        if self._mover is not None:
-            self._mover.join(_PATIENCE_S)
+        self._mover.abort()
 
     def free(self) -> None:
         """Give the memory back, unless something still uses it."""
-        if self._mover is not None and self._mover.is_alive():
+        if self._mover.is_alive:
             return
         for ring in self.devices.values():
             ring.free()
@@ -236,20 +187,24 @@ class Rings:
             if not self.devices:
                 self._by_device[device] = self.host
                 return self._sink
-            streams = _HostStreams()  # a model that lies partly in host memory
+            streams = HostStreams()  # a model that lies partly in host memory
         elif self.is_pinned is None:
             self._pin(streams)
         if self.spill is not None:
             self._divert(self.spill, False)
         ring: DeviceRing[Item] = DeviceRing(
-            self._gpu_ring_bytes, device, streams, next_number=self._number, mark_all=self.mark
+            self._gpu_ring_bytes, device, streams, next_number=self._mover.number, mark_all=self.mark
         )
         self.devices[device] = ring
         self._by_device = dict(self.devices)
-        if self._mover is None:
-            self._mover = threading.Thread(target=self._run, name="strapfmt-mover", daemon=True)
-            self._mover.start()
+        self._mover.start(self._next_sink)
         return ring
+
+    def _next_sink(self) -> Ring[Any]:
+        """Return where the mover is to put what comes next, which it spills while the host's ring is full."""
+        if self.spill is not None:
+            self._divert(self.spill, self.host.fill > FULL_SHARE)
+        return self._sink
 
     def _pin(self, streams: Streams) -> None:
         try:
@@ -258,156 +213,3 @@ class Rings:
             self.is_pinned = False
         else:
             self.is_pinned = True
-
-    def _number(self) -> int:
-        self._n_numbered = number = next(self._numbers)
-        return number
-
-    def _run(self) -> None:
-        try:
-            self._move_all()
-        except BaseException as error:  # noqa: BLE001 - raised where the user waits, by check()
-            self._failure = error
-            self.host.abort()
-        finally:
-            for ring in self.devices.values():
-                ring.abort()
-
-    def _move_all(self) -> None:
-        waiting = _Waiting()
-        run_bytes = min(_RUN_BYTES, self.host.n_bytes // 4)
-        while True:
-            is_last = self._is_closed
-            # Everything up to this number has been published: nothing that comes later belongs before it.
-            limit = self._n_numbered
-            rings = list(self.devices.values())
-            for ring in rings:
-                waiting.add(ring, ring.take_now())
-            for run in _runs(waiting.ready(limit), run_bytes):
-                if not self._move(run):
-                    return
-            if is_last:
-                return
-            self._work.wait(_RECHECK_S)
-
-    def _move(self, run: _Run) -> bool:
-        """Move neighbours in one ring to the host's ring; False if the drain has gone."""
-        start, stop = run.start, run.stop
-        if self.spill is not None:
-            self._divert(self.spill, self.host.fill > FULL_SHARE)
-        sink = self._sink
-        slot = sink.reserve(stop - start)
-        if slot is None:
-            return False
-        if stop > start:
-            streams = run.ring.streams
-            source = run.ring.view(start, torch.uint8, (stop - start,))
-            target = sink.view(slot.start, torch.uint8, (stop - start,))
-            streams.wait(streams.fetch(source, target, run.marks))
-            run.ring.release(stop)
-        for entry in run.entries:
-            if entry.slot is None:
-                assert entry.item is not None
-                sink.publish(entry.item)
-                continue
-            values, offset = entry.item, slot.start - start
-            assert isinstance(values, Values)
-            values.memory, values.start = sink.memory, values.start + offset
-            sink.publish(values, Slot(entry.slot.start + offset, entry.slot.stop + offset))
-        return True
-
-
-@dataclass(slots=True)
-class _Marked:
-    """An entry that may be fetched, its ring, and the mark behind it."""
-
-    ring: DeviceRing[Item]
-    entry: Entry[Item]
-    mark: Any
-
-
-class _Waiting:
-    """Entries that were taken out of the rings and not moved yet, because no mark or an earlier one is missing."""
-
-    def __init__(self) -> None:
-        self._unmarked: dict[int, list[Entry[Item]]] = {}
-        self._marked: list[tuple[int, _Marked]] = []
-
-    def add(self, ring: DeviceRing[Item], entries: Iterable[Entry[Item]]) -> None:
-        """Take in what one ring gave."""
-        unmarked = self._unmarked.setdefault(id(ring), [])
-        for entry in entries:
-            if entry.item is not None:
-                unmarked.append(entry)
-            else:
-                for each in unmarked:
-                    heapq.heappush(self._marked, (each.number, _Marked(ring, each, entry.mark)))
-                unmarked.clear()
-
-    def ready(self, limit: int) -> Iterator[_Marked]:
-        """Yield what may be moved, in order: before anything that is not marked, and up to the number `limit`."""
-        first = min((entries[0].number for entries in self._unmarked.values() if entries), default=limit + 1)
-        while self._marked and self._marked[0][0] < min(first, limit + 1):
-            yield heapq.heappop(self._marked)[1]
-
-
-@dataclass(slots=True)
-class _Run:
-    """Entries of one ring whose slots are neighbours in memory; `start` and `stop` are equal if there are none."""
-
-    ring: DeviceRing[Item]
-    max_bytes: int
-    entries: list[Entry[Item]] = field(default_factory=list)
-    start: int = 0
-    stop: int = 0
-    marks: list[Any] = field(default_factory=list)  # behind what each of its slots was filled by
-
-    def takes(self, marked: _Marked) -> bool:
-        """Add an entry if it belongs here."""
-        slot = marked.entry.slot
-        if slot is not None:
-            if marked.ring is not self.ring and self.stop > self.start:
-                return False
-            is_first = self.stop == self.start
-            if not is_first and (slot.start != self.stop or self.stop % self.ring.n_bytes == 0):
-                return False
-            if not is_first and slot.stop - self.start > self.max_bytes:
-                return False
-            self.ring = marked.ring
-            if not self.marks or self.marks[-1] is not marked.mark:
-                self.marks.append(marked.mark)
-            self.start, self.stop = (slot.start if is_first else self.start), slot.stop
-        self.entries.append(marked.entry)
-        return True
-
-
-def _runs(marked: Iterable[_Marked], max_bytes: int) -> Iterator[_Run]:
-    run: _Run | None = None
-    for each in marked:
-        if run is None or not run.takes(each):
-            if run is not None:
-                yield run
-            run = _Run(each.ring, max_bytes)
-            run.takes(each)
-    if run is not None:
-        yield run
-
-
-class _HostStreams:
-    """Host memory beside a GPU: what was copied is there."""
-
-    def current(self) -> int:
-        return 0
-
-    def mark(self, stream: Any) -> int:
-        return 0
-
-    def fetch(self, source: torch.Tensor, target: torch.Tensor, after: Sequence[Any]) -> int:
-        target.copy_(source)
-        return 0
-
-    def wait(self, event: Any) -> None:
-        """Return at once."""
-
-    def pin(self, memory: torch.Tensor) -> Callable[[], None]:
-        raise RuntimeError("host memory is not pinned for the host")

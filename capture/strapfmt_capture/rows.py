@@ -30,8 +30,9 @@ import torch
 from numpy.typing import NDArray
 
 from strapfmt_capture.batches import Batch, Uncached
+from strapfmt_capture.caches import CacheWatcher
 from strapfmt_capture.encoders import Encoded, first_tensor, vectors_of
-from strapfmt_capture.histories import PADDING, CacheWatcher, History
+from strapfmt_capture.histories import PADDING, History
 from strapfmt_capture.inputs import Inputs
 from strapfmt_capture.keys import Keys
 from strapfmt_capture.passes import Column, Step

@@ -1,10 +1,10 @@
-"""What the drain takes from the ring at a time, put together so that each site and table is written once."""
+"""The values that the drain takes from the ring at a time, put together so that each site is written once."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,8 @@ import numpy.typing as npt
 import torch
 
 from strapfmt.dtypes import dtype_of_torch
-from strapfmt.schema import TABLE_SCHEMAS, SiteSpec
+from strapfmt.schema import SiteSpec
 from strapfmt_capture.memory import Memory, aligned
-from strapfmt_capture.passes import joined
 from strapfmt_capture.statistics import Columns, RowStatistics
 
 __all__ = [
@@ -23,7 +22,6 @@ __all__ = [
     "Piece",
     "Values",
     "compute_statistics",
-    "merged",
     "pieces_of",
     "statistics_of",
     "values_of",
@@ -219,15 +217,6 @@ def statistics_of(pieces: Sequence[Piece], columns: Columns) -> Iterator[Columns
         n_rows = piece.n_rows if piece.spec.statistics else 0
         yield {name: ordered[name][at : at + n_rows] for name in piece.spec.statistics}
         at += n_rows
-
-
-def merged(table: str, parts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the columns of several steps as those of one."""
-    if len(parts) == 1:
-        return parts[0]
-    return {
-        field.name: joined([part[field.name] for part in parts], field.type) for field in TABLE_SCHEMAS[table]
-    }
 
 
 def pieces_of(values: Sequence[Values]) -> Iterator[Piece]:

@@ -20,7 +20,8 @@ from transformers import AutoConfig, DynamicCache, EncoderDecoderCache, StaticCa
 
 import strapfmt
 from strapfmt.reader import Reader
-from strapfmt_capture.histories import CacheWatcher, History
+from strapfmt_capture.caches import CacheWatcher
+from strapfmt_capture.histories import History
 from strapfmt_capture.inputs import read_inputs
 from strapfmt_capture.passes import Step, token_columns
 from strapfmt_capture.rows import RowTracker
