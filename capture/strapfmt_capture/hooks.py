@@ -44,7 +44,7 @@ from strapfmt_capture.computed import is_computing
 from strapfmt_capture.drain_home import DrainHome
 from strapfmt_capture.eager import is_repetition
 from strapfmt_capture.encoders import stacks_of
-from strapfmt_capture.gradients import Backward, Gradients
+from strapfmt_capture.gradients import Backward, Gradients, compiled_error
 from strapfmt_capture.heads import POSITIONS
 from strapfmt_capture.hookpoints import HookPoint
 from strapfmt_capture.rings import Rings
@@ -341,10 +341,7 @@ class Hooks:
 
     def _check_no_gradients(self) -> None:
         if any(tap.gradient is not None for tap in self.taps):
-            raise CompiledModelError(
-                "backward=True: expected a model that is not compiled, as compiled code makes gradients without the "
-                "tensors that hooks see; capture gradients before compiling, or in a copy that is not compiled"
-            )
+            raise compiled_error()
 
     @untraced
     def _take_staged(self) -> None:

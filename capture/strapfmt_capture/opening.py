@@ -19,10 +19,11 @@ from strapfmt_capture.arguments import (
     check_tokenizer,
     tags_text,
 )
-from strapfmt_capture.compiled import check_not_compiled, original
+from strapfmt_capture.compiled import check_not_compiled, is_compiled, original
 from strapfmt_capture.device_ring import GPU_RING_BYTES
 from strapfmt_capture.engine import DrainKind, Mode, Options
 from strapfmt_capture.following import Follower
+from strapfmt_capture.gradients import compiled_error
 from strapfmt_capture.groups import Group, find_group, first_does, own_rank
 from strapfmt_capture.ring import RING_BYTES
 from strapfmt_capture.selection import Positions, Selection, TokenColumns
@@ -179,7 +180,8 @@ def capture(
     DatasetExistsError, DatasetNotFoundError
         As `mode` and `overwrite` demand.
     CompiledModelError
-        If the model is compiled and split by tensor parallelism.
+        If the model is compiled, and `backward` is asked for or it is split by tensor parallelism; when the result is
+        entered, if it has been compiled meanwhile.
     CaptureError
         In the other processes of a tensor-parallel group, if the one that writes could not begin.
     ArgumentError
@@ -216,6 +218,8 @@ def capture(
     check_model(model)
     check_tokenizer(tokenizer)
     tags_text(tags)
+    if options.backward and is_compiled(model):
+        raise compiled_error()
     model = original(model)
     group = find_group(model, tp_group)
     if group is not None:
