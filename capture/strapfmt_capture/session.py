@@ -304,8 +304,6 @@ class Capture:
     def _check_channels(self) -> None:
         """Refuse channels that a site does not have, if its shape is known before it fires."""
         for info in describe(self._model, self._points) if self._channels else ():
-            if info.site == "logits":  # a head may be wider than the vocabulary
-                continue
             channels = self._channels.get(info.site)
             problem = channels.problem(info.shape) if channels and info.shape else None
             if problem is not None:
