@@ -122,7 +122,7 @@ def capture(
         is copied; the `tokens` table has all tokens, and `cap.report` counts what was left out.
     every : int
         Store values of the first, the (n+1)th, ... of the passes of which `phases`, `positions` and `where` leave a
-        row.
+        row that some site has a value of.
     positions : slice, int, collection of int, or "last", optional
         Store values of tokens at these positions of their sequence, as an index into the sequence as it is after the
         pass, padding left out: `slice(0, 4)`, `[0, -1]`; "last" is -1, the last token of each sequence in the pass.
@@ -130,7 +130,10 @@ def capture(
         Store values of tokens of which this says so: it is given the tokens of each pass, with arrays `position`,
         `token_id`, `token`, `is_special`, `sequence_id`, `batch_index` and `row`, and returns bool `[n_rows]`.
     max_rows : int, optional
-        Store so many rows of each site and no more; the model goes on. The pass that reaches it is cut to the row.
+        Store values of the first so many of the tokens that are left, and no more; the model goes on. The pass that
+        reaches it is cut to the row. A token counts if some site has a value of it: with `logits` alone, `generate`
+        stores so many rows of them, though it makes none of a prompt but of its last token. Beside other sites, whose
+        rows are of every token, logits have fewer rows than these.
     channels : slice, collection of int, or mapping of names to either, optional
         Store these elements of the last dimension, at every site or at the sites that a name, with wildcards, matches
         (the first name that does). Shapes are those of what is stored; `options.channels` of the session in the

@@ -328,7 +328,7 @@ class Steps:
         open_step = self.under_way = _opened(call, step)
         try:
             open_step.stored = (
-                self._selector.choose(step, open_step.whole, is_full=call.is_full)
+                self._selector.choose(step, open_step.whole, chosen=open_step.chosen, is_full=call.is_full)
                 if self._selector
                 else open_step.whole
             )
