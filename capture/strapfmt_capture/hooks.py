@@ -116,6 +116,7 @@ class Hooks:
             rings=rings,
             drain=drain,
             tracker=tracker,
+            sizes=self.store.sizes,
             on_full=on_full,
             on_complete=self._count_missed,
             selector=self._selector,

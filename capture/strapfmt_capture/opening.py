@@ -164,8 +164,10 @@ def capture(
         How much a crash may lose: a commit follows the first step that ends so long after the last one.
     min_free_bytes : int, optional
         What must stay free on the disk. Before a pass that might not fit above it, with all that is still to be
-        written, `DiskSpaceError` is raised, and everything captured so far is committed. 0 stops just before the disk
-        is full; None never looks, and a full disk is then a `DrainError` that costs what came since the last commit.
+        written, `DiskSpaceError` is raised, and everything captured so far is committed. A pass is taken to be as large
+        as the largest so far, or as its tokens make it at the sites that have fired before, if that is more: what the
+        first pass takes, and sites that number their own rows, cannot be foreseen. 0 stops just before the disk is
+        full; None never looks, and a full disk is then a `DrainError` that costs what came since the last commit.
     progress : bool, optional
         Show a line on the standard error stream; None: if it is a terminal.
     quiet : bool
