@@ -169,6 +169,9 @@ class VerifyReport:
         Bytes that were compared with their checksums; those of files that could not be opened are left out.
     n_rows : int
         Rows of sites that were read; those of record batches that could not be are left out.
+    is_clean : bool
+        Whether every writer closed. Not so while one is at work, and after a crash: what is committed may be valid, and
+        less than was to be written, or nothing.
     """
 
     path: Path
@@ -176,6 +179,7 @@ class VerifyReport:
     notes: tuple[str, ...]
     n_bytes: int
     n_rows: int
+    is_clean: bool
 
     @property
     def valid(self) -> bool:
@@ -191,15 +195,22 @@ class VerifyReport:
             "notes": list(self.notes),
             "n_bytes": self.n_bytes,
             "n_rows": self.n_rows,
+            "is_clean": self.is_clean,
         }
 
     def __str__(self) -> str:
-        verdict = "valid" if self.valid else f"{len(self.problems)} problem(s)"
         place = shown_path(self.path)
-        lines = [f"{place}: {verdict}; {self.n_rows:,} rows, {size_text(self.n_bytes)} checked"]
+        lines = [f"{place}: {self._verdict()}; {self.n_rows:,} rows, {size_text(self.n_bytes)} checked"]
         lines += [f"  problem: {with_shown_paths(problem)}" for problem in self.problems]
         lines += [f"  note: {with_shown_paths(note)}" for note in self.notes]
         return "\n".join(lines)
+
+    def _verdict(self) -> str:
+        if not self.valid:
+            return f"{len(self.problems)} problem(s)"
+        if self.is_clean:
+            return "valid"
+        return "valid, but not closed" if self.n_bytes else "valid, but nothing is committed"
 
 
 @dataclass(slots=True)

@@ -43,11 +43,13 @@ def verify(path: str | Path, *, progress: Callable[[int, int], None] | None = No
     try:
         reader = Reader(path)
     except FormatError as error:
-        return VerifyReport(path=path, problems=tuple(error.problems), notes=(), n_bytes=0, n_rows=0)
+        found = tuple(error.problems)
+        return VerifyReport(path=path, problems=found, notes=(), n_bytes=0, n_rows=0, is_clean=False)
     with reader:
         shards = list(reader.shards())
         total = sum(map(_n_bytes, shards))
-        problems, done, checked = [], 0, _Checked()
+        problems: list[str] = []
+        done, checked = 0, _Checked()
         for shard in shards:
             for number, problem in enumerate(_check(shard, checked)):
                 problems.append(problem.removesuffix(_ADVICE))
@@ -60,12 +62,14 @@ def verify(path: str | Path, *, progress: Callable[[int, int], None] | None = No
                 progress(done, total)
         problems += [f"{site.name!r}: {site.problem}" for site in reader.sites.values() if site.problem]
         notes = [*_states(reader), *_strays(reader)]
+        is_clean = reader.report.is_clean
     return VerifyReport(
         path=path,
         problems=tuple(problems),
         notes=tuple(notes),
         n_bytes=checked.n_bytes,
         n_rows=checked.n_rows,
+        is_clean=is_clean,
     )
 
 
@@ -124,11 +128,17 @@ def _lengths(shard: ShardReader) -> Iterator[str]:
 
 def _states(reader: Reader) -> Iterator[str]:
     for rank, manifest in reader.manifests.items():
-        if not manifest.is_clean:
-            yield (
-                f"rank {rank}: not closed (a writer is at work, or it crashed); this is commit {manifest.commit}, "
-                "`strapfmt repair` also rescues what lies complete behind it"
-            )
+        if manifest.is_clean:
+            continue
+        what = (
+            f"this is commit {manifest.commit}"
+            if manifest.files()
+            else "nothing is committed but its beginning"
+        )
+        yield (
+            f"rank {rank}: not closed (a writer is at work, or it crashed); {what}, `strapfmt repair` also rescues "
+            "what lies complete behind it"
+        )
     for rank in reader.uncommitted_ranks:
         yield f"rank {rank}: nothing committed yet"
 

@@ -79,6 +79,24 @@ def test_channels_by_site_the_first_name_that_matches_counts(model: PreTrainedMo
     }
 
 
+@pytest.mark.parametrize("width", [90, 128])
+def test_channels_of_logits_are_those_of_the_head_whatever_the_vocabulary_is(
+    width: int, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    model.set_output_embeddings(torch.nn.Linear(32, width, bias=False))
+    assert model.config.vocab_size == 101
+    assert next(info.shape for info in strapfmt.sites(model) if info.site == "logits") == (width,)
+    options: dict[str, Any] = {"sites": ["logits", "blocks.0.resid_post"], "quiet": True}
+    for channels in ([width], [-width - 1], slice(width, None)):
+        with pytest.raises(ArgumentError, match=rf"'logits': .*expected some of the {width} elements"):
+            strapfmt.capture(model, tmp_path / "x.strap", channels={"logits": channels}, **options)
+    assert list(tmp_path.iterdir()) == []
+    everything = captured(tmp_path / "all.strap", model)["logits"].tensor()
+    found = captured(tmp_path / "x.strap", model, channels={"logits": [width - 1]})["logits"].tensor()
+    assert torch.equal(found, everything[:, -1:])
+
+
 def test_channels_of_heads_are_within_each_head(tmp_path: Path) -> None:
     """Queries are [n_sequences, heads, n_query, width] where a norm runs before they are transposed."""
     model = tiny_model("qwen3")

@@ -228,7 +228,7 @@ def test_info_says_when_a_dataset_was_not_closed(run: Run, tmp_path: Path) -> No
     finally:
         writer.abort()
     assert outcome.code == 0
-    assert "NOT closed" in outcome.out
+    assert "NOT closed: a writer is at work, or it crashed, and nothing is committed" in outcome.out
 
 
 def test_head_shows_tokens(run: Run, dataset: Path) -> None:

@@ -683,17 +683,67 @@ def test_a_device_that_works_beside_the_host_gives_its_gradients(
     assert_stored(tmp_path / "x.strap", gradients(seen))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("part", ["model", "layer", "around"])
-def test_compiled_models_have_no_gradients_to_store_and_say_so(tmp_path: Path, part: str) -> None:
-    model: Any = tiny_model("llama")
+NO_GRADIENTS = "backward=True: expected a model that is not compiled"
+
+
+def compile_part(model: Any, part: str) -> Any:
+    """Compile a model, or a part of it, in one of the ways there are; return what is to be called."""
+    if part == "wrapper":
+        return torch.compile(model, backend="eager")
     if part == "model":
         model.compile(backend="eager")
+    elif part == "forward":
+        model.forward = torch.compile(model.forward, backend="eager")
     elif part == "layer":
         model.model.layers[0].compile(backend="eager")
-    run: Any = torch.compile(lambda ids: model(ids).logits, backend="eager") if part == "around" else model
-    cap = strapfmt.capture(
-        model, tmp_path / "x.strap", sites="blocks.*.resid_post", backward=True, quiet=True
-    )
-    with pytest.raises(CompiledModelError, match="backward=True: expected a model that is not compiled"), cap:
-        run(IDS)
+    elif part == "wrapped layer":
+        model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("part", ["wrapper", "model", "forward", "layer", "wrapped layer"])
+def test_compiled_models_have_no_gradients_to_store_and_are_refused_at_once(
+    tmp_path: Path, part: str
+) -> None:
+    compiled = compile_part(tiny_model("llama"), part)
+    with pytest.raises(CompiledModelError, match=NO_GRADIENTS):
+        strapfmt.capture(compiled, tmp_path / "x.strap", sites=RESID, backward=True, quiet=True)
+    strapfmt.capture(compiled, tmp_path / "x.strap", sites=RESID, quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_compiled_before_the_block_is_entered_has_no_gradients_either(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    cap = strapfmt.capture(model, tmp_path / "x.strap", sites=RESID, backward=True, quiet=True)
+    compile_part(model, "layer")
+    with pytest.raises(CompiledModelError, match=NO_GRADIENTS):
+        cap.__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_was_compiled_beside_it_is_itself_not_compiled(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    compiled = compile_part(model, "wrapper")
+    with strapfmt.capture(model, tmp_path / "x.strap", sites=RESID, backward=True, quiet=True) as cap:
+        loss_of(model).backward()
+    assert cap.report.n_rows == 2 * N_LAYERS * IDS.numel()
+    assert isinstance(compiled, torch.nn.Module)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("part", ["wrapper", "model", "around"])
+def test_models_that_are_found_compiled_in_a_pass_say_that_they_have_no_gradients(
+    tmp_path: Path, part: str
+) -> None:
+    model: Any = tiny_model("llama")
+    around: Any = torch.compile(lambda ids: model(ids).logits, backend="eager")
+    wrapper = compile_part(model, "wrapper") if part == "wrapper" else None
+    cap = strapfmt.capture(model, tmp_path / "x.strap", sites=RESID, backward=True, quiet=True)
+
+    def body() -> None:
+        with cap:
+            run = compile_part(model, part) if part == "model" else wrapper
+            (around if part == "around" else run)(IDS)
+
+    with pytest.raises(CompiledModelError, match=NO_GRADIENTS):
+        body()

@@ -261,6 +261,15 @@ def test_nothing_in_strapfmt_is_a_module_named_capture() -> None:
     assert [path for path in SOURCES if path.stem == "capture" or path.parent.name == "capture"] == []
 
 
+def test_no_two_classes_of_the_capture_package_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for path in PACKAGES["strapfmt_capture"].rglob("*.py"):
+        for node in ast.parse(path.read_bytes()).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(path.name)
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
 def test_only_the_trainer_callback_imports_transformers_at_its_top() -> None:
     found = {each.path.name for each in IMPORTS if each.is_at_top and each.module.startswith("transformers")}
     assert found == {"trainer.py"}

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from devices import PATIENCE_S, LateStream, LateStreams
 from models import tiny_model
+from test_capture_flow import gate, wait_until
 
 import strapfmt
 from strapfmt.errors import DrainError
@@ -23,6 +23,8 @@ from strapfmt_capture.memory import Memory
 from strapfmt_capture.ring import Ring
 from strapfmt_capture.rings import Rings
 from strapfmt_capture.turn import Values
+
+__all__ = ["gate"]
 
 NOWHERE = Memory(64)
 SPEC = SiteSpec(name="s", dtype="uint8", shape=(1,), row_space="own")
@@ -279,13 +281,53 @@ def test_a_capture_through_a_device_s_ring_stores_the_same(
     assert report.n_dropped == 0
     monkeypatch.undo()
     run(tmp_path / "plain.strap")
-    with strapfmt.open(tmp_path / "late.strap") as got, strapfmt.open(tmp_path / "plain.strap") as wanted:
-        assert list(got.sites) == list(wanted.sites)
-        query = "SELECT * FROM tokens"
-        assert list(got.sql(query)) == list(wanted.sql(query))
-        for name, site in wanted.sites.items():
-            assert np.array_equal(got[name].rows, site.rows)
-            assert got[name].to_arrow().equals(site.to_arrow())
+    assert_same(tmp_path / "late.strap", tmp_path / "plain.strap")
+
+
+def assert_same(got: Path, wanted: Path) -> None:
+    """Every value of every site, its row, and every token but for when it came."""
+    with strapfmt.open(got, verify="always") as found, strapfmt.open(wanted) as expected:
+        assert list(found.sites) == list(expected.sites)
+        for query in ("SELECT * FROM tokens", "SELECT step, phase, n_rows, first_row, status FROM steps"):
+            assert list(found.sql(query)) == list(expected.sql(query))
+        for name, site in expected.sites.items():
+            assert found[name].to_arrow().equals(site.to_arrow())
+
+
+@pytest.mark.parametrize("gpu_ring_bytes", [4096, 1 << 16])
+def test_what_a_device_gives_while_the_disk_stands_still_is_spilled_and_comes_in_its_place(
+    tmp_path: Path, late: LateStreams, monkeypatch: pytest.MonkeyPatch, gate: Any, gpu_ring_bytes: int
+) -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16, attn_implementation="eager")
+    prompts = [torch.randint(3, 90, (2, 9)) for _ in range(12)]
+    spill, (shut, is_open) = tmp_path / "spill", gate
+    spill.mkdir()
+
+    def capture(path: Path, **options: Any) -> Any:
+        sites = ["blocks.*.*", "logits"]  # rows, heads, patterns that grow, and the last position only
+        return strapfmt.capture(model, path, sites=sites, quiet=True, batch_bytes=4096, **options)
+
+    def run(some: list[torch.Tensor]) -> None:
+        for ids in some:
+            mask = torch.ones_like(ids)
+            mask[0, :4] = 0
+            model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+
+    small = {"host_ring_bytes": 1 << 16, "gpu_ring_bytes": gpu_ring_bytes}
+    with capture(tmp_path / "late.strap", on_full="spill", spill_path=spill, **small) as cap:
+        run(prompts[:1])
+        shut()
+        run(prompts[1:9])
+        wait_until(lambda: cap.stats.n_spill_pending_bytes > 2 * small["host_ring_bytes"])
+        is_open.set()
+        wait_until(lambda: cap.stats.n_spill_pending_bytes == 0)
+        run(prompts[9:])  # straight to the host's ring again, or spilled once more
+    assert late.n_fetched > 0
+    assert (cap.report.n_dropped, list(spill.iterdir())) == (0, [])
+    monkeypatch.undo()
+    with capture(tmp_path / "plain.strap"):
+        run(prompts)
+    assert_same(tmp_path / "late.strap", tmp_path / "plain.strap")
 
 
 def test_a_device_that_fails_in_a_capture_is_an_error_and_what_was_committed_stays(

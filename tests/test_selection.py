@@ -222,6 +222,47 @@ def test_selections_combine(
     assert_selected(everything, found, selection)
 
 
+@pytest.mark.parametrize(("asked", "n"), [({"max_rows": 15}, 15), ({"max_rows": 5}, 5), ({"every": 2}, 12)])
+def test_of_logits_alone_no_token_counts_that_has_none(
+    asked: dict[str, Any], n: int, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    def run() -> None:
+        for _ in range(2):
+            generated(model)
+
+    with strapfmt.capture(model, tmp_path / "all.strap", sites="logits", quiet=True):
+        run()
+    with strapfmt.capture(model, tmp_path / "x.strap", sites="logits", quiet=True, **asked) as cap:
+        run()
+    everything, found = Reader(tmp_path / "all.strap")["logits"], Reader(tmp_path / "x.strap")["logits"]
+    assert len(everything) == 2 * 4 * 3
+    kept = np.arange(24)[:n] if "max_rows" in asked else np.flatnonzero(np.arange(24) // 3 % 2 == 0)
+    assert found.rows.tolist() == everything.rows[kept].tolist()
+    assert torch.equal(found.tensor(), everything.tensor()[torch.from_numpy(kept)])
+    assert (cap.report.sites[0].expected, cap.report.sites[0].filtered) == (n, 24 - n)
+    assert any("max_rows was reached" in note for note in cap.report.notes) == ("max_rows" in asked)
+
+
+def test_beside_other_sites_logits_have_rows_of_the_same_tokens(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    with strapfmt.capture(model, tmp_path / "x.strap", sites=SITES, quiet=True, max_rows=12):
+        generated(model)
+    found = Reader(tmp_path / "x.strap")
+    assert found["blocks.0.resid_post"].rows.tolist() == list(range(12))
+    last = [2, 7, 8]  # of prompts of 3, 5 and 1 tokens
+    assert found["logits"].rows.tolist() == [*last, 9, 10, 11]
+
+
+@pytest.mark.parametrize(("stack", "first"), [("encoder", 0), ("decoder", 15)])
+def test_tokens_of_the_other_stack_do_not_count(stack: str, first: int, tmp_path: Path) -> None:
+    t5 = tiny_model("t5")
+    site = f"{stack}.blocks.0.resid_post"
+    with strapfmt.capture(t5, tmp_path / "x.strap", sites=site, quiet=True, max_rows=4):
+        t5.generate(input_ids=IDS, max_new_tokens=4, do_sample=False)
+    assert Reader(tmp_path / "x.strap")[site].rows.tolist() == list(range(first, first + 4))
+
+
 def test_attention_patterns_are_selected(tmp_path: Path) -> None:
     model = tiny_model("llama", attn_implementation="eager")
     sites = ["blocks.0.attn_pattern", "blocks.0.resid_post"]

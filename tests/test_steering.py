@@ -748,6 +748,85 @@ def test_a_capture_stops_before_the_disk_is_full(
         assert strapfmt.verify(path).valid
 
 
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A disk that always says that 3 MiB are free."""
+    n_bytes = 3 << 20
+    said = os.statvfs_result((4096, 4096, n_bytes // 4096, n_bytes // 4096, n_bytes // 4096, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: said)
+    return n_bytes
+
+
+@pytest.mark.parametrize("site", [SITE, "logits", "blocks.0.attn_pattern", "model.layers.0.mlp"])
+def test_a_pass_that_is_far_larger_than_all_before_is_not_begun_where_it_might_not_fit(
+    tmp_path: Path, free: int, site: str
+) -> None:
+    model = tiny_model("llama", attn_implementation="eager")
+    path, rows = tmp_path / "x.strap", torch.arange(100)[None]
+    cap = capture(model, path, sites=site, batch_bytes=16 << 10)
+
+    def run() -> None:
+        with cap:
+            many(model, rows[:, :10], 3)
+            model(rows.repeat(300, 1))
+
+    with torch.no_grad(), pytest.raises(DiskSpaceError) as caught:
+        run()
+    assert caught.value.needed_bytes > 300 * 100 * 32 * 4
+    with strapfmt.open(path) as ds:
+        assert ds.steps.to_arrow()["status"].to_pylist() == ["complete"] * 3
+        assert (len(ds[site]), len(ds.tokens)) == (30, 30)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"sites": "logits"}, 1),  # of one position only
+        ({"sites": SITE, "positions": "last"}, 0),
+        ({"sites": ["logits", SITE], "max_rows": 30}, 0),
+        ({"sites": SITE, "channels": [0]}, 0),
+    ],
+)
+def test_a_pass_of_many_tokens_goes_on_where_little_of_it_is_stored(
+    model: Any, tmp_path: Path, free: int, options: dict[str, Any], kept: int
+) -> None:
+    with capture(model, tmp_path / "x.strap", batch_bytes=16 << 10, **options) as cap, torch.no_grad():
+        many(model, torch.arange(10)[None], 3)
+        wait_until(lambda: cap.stats.n_pending == 0)
+        model(torch.arange(100).repeat(60, 1), logits_to_keep=kept)
+    assert (cap.report.n_steps, cap.report.n_abandoned_steps) == (4, 0)
+
+
+def test_with_filters_a_pass_that_might_not_fit_is_abandoned(model: Any, tmp_path: Path, free: int) -> None:
+    path = tmp_path / "x.strap"
+    cap = capture(model, path, batch_bytes=16 << 10, positions=slice(0, 90))
+
+    def run() -> None:
+        with cap:
+            many(model, torch.arange(10)[None], 3)
+            model(torch.arange(100).repeat(200, 1))
+
+    with torch.no_grad(), pytest.raises(DiskSpaceError):
+        run()
+    with strapfmt.open(path) as ds:
+        steps = ds.steps.to_arrow().to_pylist()
+        assert [step["status"] for step in steps] == ["complete"] * 3 + ["abandoned"]
+        assert "DiskSpaceError" in steps[-1]["reason"]
+        assert len(ds[SITE]) == 30
+    assert strapfmt.verify(path).valid
+
+
+def test_tokens_of_an_encoder_take_no_space_at_sites_of_the_decoder(tmp_path: Path, free: int) -> None:
+    t5 = tiny_model("t5")
+    encoder, decoder = (f"{stack}.blocks.0.resid_post" for stack in ("encoder", "decoder"))
+    ids, some = torch.arange(100).repeat(100, 1), torch.arange(5)[None]
+    for number, site in enumerate((decoder, encoder)):
+        cap = capture(t5, tmp_path / f"{number}.strap", sites=site, batch_bytes=16 << 10)
+        with torch.no_grad(), nullcontext() if site == decoder else pytest.raises(DiskSpaceError), cap:
+            t5(input_ids=some, decoder_input_ids=some)
+            t5(input_ids=ids, decoder_input_ids=some.repeat(100, 1))
+
+
 def test_what_was_captured_is_committed_before_the_block_ends(model: Any, small_disk: Path) -> None:
     path, ids = small_disk / "x.strap", torch.arange(100).repeat(8, 1)
     with capture(model, path, commit_interval_s=1000, batch_bytes=16 << 10) as cap:
@@ -793,7 +872,7 @@ def test_a_file_system_that_does_not_say_is_not_asked(
     monkeypatch.setattr(os, "statvfs", lambda path: nothing_known)
     space = DiskSpace(tmp_path, 1 << 60, 1)
     space.look(n_bytes=0, n_rows=0, n_sites=0)
-    space.check(1 << 50)
+    space.check(1 << 50, n_pass_bytes=1 << 50, n_tokens=1 << 50)
 
 
 @pytest.mark.parametrize("wrong", [-1, 1.5, "1 GiB", True])

@@ -85,6 +85,11 @@ def test_values_are_the_same_and_nothing_after_them_runs(family: str, layer: int
         lambda output: output[0],
         lambda output: output["logits"],
         lambda output: list(output),
+        lambda output: next(iter(output)),
+        lambda output: (lambda *parts: parts)(*output),
+        lambda output: len(output),
+        lambda output: output.to_tuple(),
+        lambda output: torch.as_tensor(output),
         lambda output: "logits" in output,
         lambda output: output.past_key_values,
     ],
@@ -98,6 +103,7 @@ def test_what_it_returns_holds_nothing(take: Any, tmp_path: Path) -> None:
     with pytest.raises(StoppedPassError, match=r"ended before block 1.*stop_at_layer=1"):
         take(output)
     assert not hasattr(output, "logits")
+    assert bool(output)
     assert repr(copy.deepcopy(output)) == repr(output)
 
 

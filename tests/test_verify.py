@@ -12,6 +12,7 @@ from small_datasets import Script, make_dataset
 from strapfmt.errors import DatasetNotFoundError
 from strapfmt.reader import Reader
 from strapfmt.verify import verify
+from strapfmt.writer import DatasetWriter
 
 
 @pytest.fixture
@@ -139,6 +140,24 @@ def test_what_is_unfinished_is_a_note(path: Path) -> None:
     text = "\n".join(report.notes)
     for part in ("not closed", "rank 5", "stray.bin"):
         assert part in text
+
+
+def test_a_dataset_that_was_not_closed_is_valid_and_the_first_line_says_what_it_is(path: Path) -> None:
+    make_dataset(path)
+    assert (verify(path).is_clean, "a.strap: valid; " in str(verify(path))) == (True, True)
+    unclean, begun = path.with_name("unclean.strap"), path.with_name("begun.strap")
+    make_dataset(unclean, unclean=True)
+    assert "unclean.strap: valid, but not closed; " in str(verify(unclean))
+    writer = DatasetWriter(begun)
+    for _ in range(2):  # while it is at work, and after it has ended without a commit
+        report = verify(begun)
+        assert (report.valid, report.is_clean, report.problems) == (True, False, ())
+        assert "begun.strap: valid, but nothing is committed; 0 rows, 0 B checked" in str(report)
+        assert "not closed (a writer is at work, or it crashed); nothing is committed" in report.notes[0]
+        assert report.to_dict()["is_clean"] is False
+        writer.abort()
+    DatasetWriter(begun, mode="append").close()
+    assert "begun.strap: valid; 0 rows, 0 B checked" in str(verify(begun))
 
 
 def test_rows_that_contradict_the_index_are_found(path: Path) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "guard_hooks",
     "inlined",
     "is_below_compiler",
+    "is_compiled",
     "named_originals",
     "original",
     "resumed",
@@ -105,6 +106,16 @@ def wrappers_of(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
     kind = dynamo.eval_frame.OptimizedModule
     wanted = {id(module) for module in modules}
     return [each for each in gc.get_objects() if type(each) is kind and id(original(each)) in wanted]
+
+
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Whether a call of this very module runs compiled code, of its own or of a part of it.
+
+    What `torch.compile` has made of it elsewhere does not count, as the module can still be called without.
+    """
+    return any(
+        _has_compiled_forward(module) or module._compiled_call_impl is not None for module in model.modules()
+    )
 
 
 def check_not_compiled(model: torch.nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from strapfmt_capture.architectures import ARCHITECTURES, HEADS, Architecture
 from strapfmt_capture.wrappers import is_lens
 
-__all__ = ["Decoder", "child", "find_decoder", "find_decoders", "join", "named_decoders"]
+__all__ = ["Decoder", "child", "find_decoder", "find_decoders", "join", "named_decoders", "output_head"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +104,14 @@ def find_decoders(model: torch.nn.Module) -> Iterator[Decoder]:
         yield Decoder(
             path=path, module=module, architecture=architecture, head=head, language_model=owner, stack=stack
         )
+
+
+def output_head(model: torch.nn.Module) -> torch.nn.Module | None:
+    """Return what a Hugging Face model says its head is, None if it has none or does not say."""
+    head: object = None
+    with suppress(AttributeError, NotImplementedError):  # not every Hugging Face model has one
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    return head if isinstance(head, torch.nn.Module) else None
 
 
 def child(module: torch.nn.Module, path: str) -> torch.nn.Module | None:

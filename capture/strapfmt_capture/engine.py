@@ -20,6 +20,7 @@ from strapfmt.errors import ArgumentError, CaptureError, WriterConflictError
 from strapfmt.schema import SiteSpec
 from strapfmt.writer import DatasetWriter
 from strapfmt_capture.channels import Channels, facts_of
+from strapfmt_capture.decoders import output_head
 from strapfmt_capture.disk_space import DiskSpace
 from strapfmt_capture.drain_home import DrainHome, ThreadDrain
 from strapfmt_capture.drain_process import ProcessDrain
@@ -341,9 +342,7 @@ def _do_nothing(*args: Any) -> None:
 def _head_paths(model: torch.nn.Module) -> set[str]:
     """Paths of the modules that may compute the last positions only: the head, and what is known to return logits."""
     paths = {point.module_path for point in hook_points(model).values() if point.site == "logits"}
-    head = None
-    with suppress(AttributeError, NotImplementedError):  # not every Hugging Face model has one
-        head = model.get_output_embeddings()  # type: ignore[operator]
-    if isinstance(head, torch.nn.Module):
+    head = output_head(model)
+    if head is not None:
         paths |= {path for path, module in model.named_modules() if module is head}
     return paths

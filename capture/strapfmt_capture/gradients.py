@@ -19,13 +19,13 @@ import torch
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from strapfmt.errors import ArgumentError, CaptureError
+from strapfmt.errors import ArgumentError, CaptureError, CompiledModelError
 from strapfmt_capture.calls import OpenStep
 from strapfmt_capture.eager import checkpointed_call, is_repetition
 from strapfmt_capture.hookpoints import GRADIENT_SUFFIX, HookPoint
 from strapfmt_capture.placement import Cut, Layout, Placement
 
-__all__ = ["Awaited", "Backward", "Gradients", "with_gradients", "without_gradient"]
+__all__ = ["Awaited", "Backward", "Gradients", "compiled_error", "with_gradients", "without_gradient"]
 
 _ADVICE = "run what is not to be recorded inside `with cap.paused()`"
 
@@ -272,3 +272,11 @@ def with_gradients(points: Iterable[HookPoint]) -> list[HookPoint]:
 def without_gradient(points: Iterable[HookPoint]) -> list[str]:
     """Return the sites that have no gradient."""
     return [point.site for point in points if not point.has_gradient]
+
+
+def compiled_error() -> CompiledModelError:
+    """Return what to raise where gradients of compiled code are wanted."""
+    return CompiledModelError(
+        "backward=True: expected a model that is not compiled, as compiled code makes gradients without the tensors "
+        "that hooks see; capture gradients before compiling, or in a copy that is not compiled"
+    )

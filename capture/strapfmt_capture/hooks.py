@@ -24,6 +24,8 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from strapfmt.errors import CaptureError, CompiledModelError
@@ -44,15 +46,16 @@ from strapfmt_capture.computed import is_computing
 from strapfmt_capture.drain_home import DrainHome
 from strapfmt_capture.eager import is_repetition
 from strapfmt_capture.encoders import stacks_of
-from strapfmt_capture.gradients import Backward, Gradients
+from strapfmt_capture.gradients import Backward, Gradients, compiled_error
 from strapfmt_capture.heads import POSITIONS
 from strapfmt_capture.hookpoints import HookPoint
+from strapfmt_capture.passes import Step
 from strapfmt_capture.rings import Rings
 from strapfmt_capture.rows import RowTracker
 from strapfmt_capture.selection import Selection, Selector
 from strapfmt_capture.steps import OnFull, Steps
 from strapfmt_capture.storing import Store
-from strapfmt_capture.taps import Fit, Tap
+from strapfmt_capture.taps import Fit, Tap, reached_rows
 
 __all__ = ["Hooks"]
 
@@ -106,13 +109,14 @@ class Hooks:
         selection: Selection | None = None,
         channels: Mapping[str, Channels] = MappingProxyType({}),
     ) -> None:
-        self._selector = None if selection is None else Selector(selection)
+        self._selector = None if selection is None else Selector(selection, self._reached)
         self.store = Store(rings, selector=self._selector, codec=codec, statistics=statistics, known=known)
         self.taps = _taps(points, set(heads), channels, self.store)
         self.steps = Steps(
             rings=rings,
             drain=drain,
             tracker=tracker,
+            sizes=self.store.sizes,
             on_full=on_full,
             on_complete=self._count_missed,
             selector=self._selector,
@@ -341,10 +345,7 @@ class Hooks:
 
     def _check_no_gradients(self) -> None:
         if any(tap.gradient is not None for tap in self.taps):
-            raise CompiledModelError(
-                "backward=True: expected a model that is not compiled, as compiled code makes gradients without the "
-                "tensors that hooks see; capture gradients before compiling, or in a copy that is not compiled"
-            )
+            raise compiled_error()
 
     @untraced
     def _take_staged(self) -> None:
@@ -468,6 +469,9 @@ class Hooks:
                 assert tap.gradient is not None
                 assert tap.gradient.gradients is not None
                 self._backward.await_one(tap.gradient.gradients, found, awaited)
+
+    def _reached(self, step: Step, chosen: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64] | None:
+        return reached_rows(self.taps, step, chosen)
 
     def _count_missed(self, open_step: OpenStep) -> None:
         """Count the sites with rows of tokens that did not fire in a step that has ended."""

@@ -12,7 +12,7 @@ from typing import overload
 import torch
 
 from strapfmt_capture.computed import TopK
-from strapfmt_capture.decoders import Decoder, named_decoders
+from strapfmt_capture.decoders import Decoder, named_decoders, output_head
 from strapfmt_capture.hookpoints import HookPoint, hook_points
 
 __all__ = ["SiteInfo", "SiteListing", "describe"]
@@ -104,7 +104,7 @@ def describe(model: torch.nn.Module, points: Iterable[HookPoint]) -> list[SiteIn
     uniform = {point.hook_point: point for point in hook_points(model).values() if _is_first_output(point)}
     infos = []
     for point in points:
-        info = _info(point.of_value, model.get_submodule(point.module_path), decoders, uniform)
+        info = _info(point.of_value, model, decoders, uniform)
         infos.append(replace(info, site=point.site, hook_point=point.hook_point))
     return infos
 
@@ -116,14 +116,17 @@ def _is_first_output(point: HookPoint) -> bool:
 
 
 def _info(
-    point: HookPoint, module: torch.nn.Module, decoders: Sequence[Decoder], uniform: dict[str, HookPoint]
+    point: HookPoint, model: torch.nn.Module, decoders: Sequence[Decoder], uniform: dict[str, HookPoint]
 ) -> SiteInfo:
+    module = model.get_submodule(point.module_path)
     known = point if point.is_uniform else uniform.get(point.hook_point)
     # The last one, but for what is inside another: an encoder.
     inside = [each for each in decoders if f"{point.module_path}.".startswith(f"{each.path}.")]
     decoder = next(iter([*inside, *reversed(decoders)]), None)
     if decoder is not None and known is not None:
-        shape, dtype = _uniform_shape(known, module, decoder), _uniform_dtype(known, decoder)
+        is_logits = known.site.rpartition(".")[2] == "logits"
+        shape = _logits_shape(model, decoder) if is_logits else _uniform_shape(known, module, decoder)
+        dtype = _uniform_dtype(known, decoder)
     elif decoder is not None and point.module_path.endswith("." + decoder.architecture.attn):
         shape, dtype = (decoder.config.hidden_size,), _dtype(decoder.module)
     else:
@@ -161,12 +164,20 @@ def _uniform_shape(point: HookPoint, module: torch.nn.Module, decoder: Decoder) 
         case "ssm_state":
             heads = (module.num_heads, module.head_dim) if hasattr(module, "num_heads") else None
             return (*(heads or (module.intermediate_size,)), module.ssm_state_size)
-        case "embed" | "logits" as site:
+        case "embed":
             weight = getattr(decoder.module.get_submodule(decoder.architecture.embed), "weight", None)
-            if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
-                return None
-            return (weight.shape[1],) if site == "embed" else (config.vocab_size,)
+            return (weight.shape[1],) if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
     return (config.hidden_size,)
+
+
+def _logits_shape(model: torch.nn.Module, decoder: Decoder) -> tuple[int, ...] | None:
+    """Shape of one token's logits: what the head gives, which may be wider than the vocabulary."""
+    if decoder.head is None or decoder.language_model is None:
+        return None
+    said = output_head(model.get_submodule(decoder.language_model))
+    head = model.get_submodule(decoder.head) if said is None else said
+    width = getattr(head, "out_features", None)  # a linear layer's, quantised or with an adapter as well
+    return (width,) if isinstance(width, int) and width else None
 
 
 def _uniform_dtype(point: HookPoint, decoder: Decoder) -> torch.dtype | None:

@@ -19,10 +19,11 @@ from strapfmt_capture.arguments import (
     check_tokenizer,
     tags_text,
 )
-from strapfmt_capture.compiled import check_not_compiled, original
+from strapfmt_capture.compiled import check_not_compiled, is_compiled, original
 from strapfmt_capture.device_ring import GPU_RING_BYTES
 from strapfmt_capture.engine import DrainKind, Mode, Options
 from strapfmt_capture.following import Follower
+from strapfmt_capture.gradients import compiled_error
 from strapfmt_capture.groups import Group, find_group, first_does, own_rank
 from strapfmt_capture.ring import RING_BYTES
 from strapfmt_capture.selection import Positions, Selection, TokenColumns
@@ -121,7 +122,7 @@ def capture(
         is copied; the `tokens` table has all tokens, and `cap.report` counts what was left out.
     every : int
         Store values of the first, the (n+1)th, ... of the passes of which `phases`, `positions` and `where` leave a
-        row.
+        row that some site has a value of.
     positions : slice, int, collection of int, or "last", optional
         Store values of tokens at these positions of their sequence, as an index into the sequence as it is after the
         pass, padding left out: `slice(0, 4)`, `[0, -1]`; "last" is -1, the last token of each sequence in the pass.
@@ -129,7 +130,10 @@ def capture(
         Store values of tokens of which this says so: it is given the tokens of each pass, with arrays `position`,
         `token_id`, `token`, `is_special`, `sequence_id`, `batch_index` and `row`, and returns bool `[n_rows]`.
     max_rows : int, optional
-        Store so many rows of each site and no more; the model goes on. The pass that reaches it is cut to the row.
+        Store values of the first so many of the tokens that are left, and no more; the model goes on. The pass that
+        reaches it is cut to the row. A token counts if some site has a value of it: with `logits` alone, `generate`
+        stores so many rows of them, though it makes none of a prompt but of its last token. Beside other sites, whose
+        rows are of every token, logits have fewer rows than these.
     channels : slice, collection of int, or mapping of names to either, optional
         Store these elements of the last dimension, at every site or at the sites that a name, with wildcards, matches
         (the first name that does). Shapes are those of what is stored; `options.channels` of the session in the
@@ -160,8 +164,10 @@ def capture(
         How much a crash may lose: a commit follows the first step that ends so long after the last one.
     min_free_bytes : int, optional
         What must stay free on the disk. Before a pass that might not fit above it, with all that is still to be
-        written, `DiskSpaceError` is raised, and everything captured so far is committed. 0 stops just before the disk
-        is full; None never looks, and a full disk is then a `DrainError` that costs what came since the last commit.
+        written, `DiskSpaceError` is raised, and everything captured so far is committed. A pass is taken to be as large
+        as the largest so far, or as its tokens make it at the sites that have fired before, if that is more: what the
+        first pass takes, and sites that number their own rows, cannot be foreseen. 0 stops just before the disk is
+        full; None never looks, and a full disk is then a `DrainError` that costs what came since the last commit.
     progress : bool, optional
         Show a line on the standard error stream; None: if it is a terminal.
     quiet : bool
@@ -179,7 +185,8 @@ def capture(
     DatasetExistsError, DatasetNotFoundError
         As `mode` and `overwrite` demand.
     CompiledModelError
-        If the model is compiled and split by tensor parallelism.
+        If the model is compiled, and `backward` is asked for or it is split by tensor parallelism; when the result is
+        entered, if it has been compiled meanwhile.
     CaptureError
         In the other processes of a tensor-parallel group, if the one that writes could not begin.
     ArgumentError
@@ -216,6 +223,8 @@ def capture(
     check_model(model)
     check_tokenizer(tokenizer)
     tags_text(tags)
+    if options.backward and is_compiled(model):
+        raise compiled_error()
     model = original(model)
     group = find_group(model, tp_group)
     if group is not None:

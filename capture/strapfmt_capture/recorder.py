@@ -24,8 +24,8 @@ from strapfmt.schema import SiteSpec
 from strapfmt.writer import COMMIT_INTERVAL_S, DatasetWriter
 from strapfmt_capture.arguments import check_tokenizer, tags_text
 from strapfmt_capture.given import GivenRows, Tensor
-from strapfmt_capture.open_step import OpenStep
 from strapfmt_capture.provenance import describe_tokenizer, describe_versions
+from strapfmt_capture.recorder_step import RecorderStep
 from strapfmt_capture.statistics import RowStatistics, check_statistics
 from strapfmt_capture.token_rows import TokenBook, TokenRows, integers
 
@@ -147,7 +147,7 @@ class Recorder:
         self._book = TokenBook(writer, n_sequences=n_sequences, tokenizer=tokenizer, tags=tags)
         self._statistics = RowStatistics()
         self._next_calls: dict[str, int] = {}
-        self._step: OpenStep | None = None
+        self._step: RecorderStep | None = None
         self._forgotten = weakref.finalize(self, _release, writer)
         self._forgotten.atexit = False  # the end of the process releases everything by itself
 
@@ -317,9 +317,9 @@ class Recorder:
         self._forgotten.detach()  # the writer ends here, well or by its own abort
         self._writer.close()
 
-    def _begin(self) -> OpenStep:
+    def _begin(self) -> RecorderStep:
         if self._step is None:
-            self._step = OpenStep(number=self._writer.reserve("step", 1))
+            self._step = RecorderStep(number=self._writer.reserve("step", 1))
         return self._step
 
     def _end(self, status: str, reason: str | None) -> None:

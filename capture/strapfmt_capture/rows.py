@@ -116,7 +116,7 @@ class RowTracker:
                 events=self.take_events(),
             )
             return self.under_way
-        if module in self._encoders:
+        if self.is_encoder(module):
             return self._encode(inputs)
         history = None if inputs.cache is None else self._followed(inputs)
         self._step = self._reserve(
@@ -133,6 +133,10 @@ class RowTracker:
             self._awaiting = partial(self._follow_made, batch.history)
         is_decode = inputs.n_query == 1 and batch.history.length > 0
         return self._record(inputs, batch, "decode" if is_decode else "prefill")
+
+    def is_encoder(self, module: torch.nn.Module) -> bool:
+        """Whether a pass of this module is one of the encoder of an encoder-decoder model."""
+        return module in self._encoders
 
     def returned(self, output: Any) -> None:
         """Take note of what the module of the pass begun last has returned: a cache it has made, or what is encoded."""

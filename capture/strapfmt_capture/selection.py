@@ -3,9 +3,11 @@
 - `phases`, `positions` and `where` choose rows. `positions` is an index into the sequence as it is after the pass,
   padding left out: `slice(0, 4)` is its first four tokens, `-1` the last token of each sequence in the pass.
 - `every=n` takes the first, the (n+1)th, ... of the passes in which those leave a row.
-- `max_rows` is how many rows each site stores; the pass that reaches it is cut there.
+- `max_rows` is how many rows are stored; the pass that reaches it is cut there.
 
-All sites of a pass store the same rows. A site that numbers its own rows stores them in passes of which a row is
+Tokens of which no site of the capture has a value are no rows: those of an encoder, for sites of the decoder, and of a
+prompt all but the last, if there are logits only and the head computes no others. All sites of a pass store the same
+rows, as far as they have them. A site that numbers its own rows stores them in passes of which a row is
 stored, and its own first `max_rows`; which token each of them is is not known, so `positions` and `where` are refused.
 """
 
@@ -153,6 +155,12 @@ class Selection:
 class Selector:
     """Decides for each pass of a session what is stored of it.
 
+    Parameters
+    ----------
+    selection : Selection
+    reached : callable
+        `reached(step, chosen)` returns which rows of a step some site has a value of, None if all: `taps.reached_rows`.
+
     Attributes
     ----------
     selection : Selection
@@ -160,15 +168,19 @@ class Selector:
         Rows of tokens chosen so far.
     """
 
-    def __init__(self, selection: Selection) -> None:
+    def __init__(self, selection: Selection, reached: Callable[[Step, _Int64 | None], _Int64 | None]) -> None:
         self.selection = selection
+        self._reached = reached
         self.n_rows = 0
         self._n_passes = 0
 
-    def choose(self, step: Step, whole: Placement, *, is_full: bool) -> Placement | None:
+    def choose(
+        self, step: Step, whole: Placement, *, chosen: _Int64 | None, is_full: bool
+    ) -> Placement | None:
         """Return what of `whole`, all tokens of a step, is stored; None if nothing is stored of the pass.
 
-        Rows that the ring has no space for (`is_full`) do not count towards `max_rows`.
+        `chosen` are the positions at which the head computes, None if it computes all. Rows that the ring has no space
+        for (`is_full`) do not count towards `max_rows`.
 
         Raises
         ------
@@ -179,7 +191,7 @@ class Selector:
         is_over = step.is_language and self.n_left(self.n_rows) == 0
         if is_over or (asked.phases is not None and step.phase not in asked.phases):
             return None
-        places = self._places(step, whole.n_rows)
+        places = self._places(step, whole.n_rows, chosen)
         if step.is_language and not len(places):
             return None
         self._n_passes += 1
@@ -200,9 +212,11 @@ class Selector:
         limit = self.selection.max_rows
         return None if limit is None else max(limit - n_stored, 0)
 
-    def _places(self, step: Step, n_rows: int) -> _Int64:
-        """Which rows `positions` and `where` leave of a step."""
-        kept = np.ones(n_rows, bool)
+    def _places(self, step: Step, n_rows: int, chosen: _Int64 | None) -> _Int64:
+        """Which rows `positions` and `where` leave of those of a step that some site has a value of."""
+        kept, reached = np.ones(n_rows, bool), self._reached(step, chosen)
+        if reached is not None:
+            kept = np.isin(np.arange(n_rows), reached)
         if n_rows and self.selection.positions is not None:
             kept &= _at_positions(step, self.selection.positions)
         if n_rows and self.selection.where is not None:

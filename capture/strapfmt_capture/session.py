@@ -19,9 +19,9 @@ from strapfmt_capture.arguments import (
     check_appended,
 )
 from strapfmt_capture.channels import channels_of, facts_of
-from strapfmt_capture.compiled import check_not_compiled
+from strapfmt_capture.compiled import check_not_compiled, is_compiled
 from strapfmt_capture.engine import Engine, Options
-from strapfmt_capture.gradients import with_gradients, without_gradient
+from strapfmt_capture.gradients import compiled_error, with_gradients, without_gradient
 from strapfmt_capture.groups import Group, first_does
 from strapfmt_capture.hookpoints import GRADIENT_SUFFIX
 from strapfmt_capture.live import CaptureStats
@@ -92,6 +92,8 @@ class Capture:
             raise CaptureError(f"{self.path}: a capture is entered once; make another with mode='append'")
         if self._group is not None:
             check_not_compiled(self._model)
+        if self._options.backward and is_compiled(self._model):  # since the capture was made
+            raise compiled_error()
         first_does(self._group, self._begin)
         self._state = "running"
         return self
@@ -302,8 +304,6 @@ class Capture:
     def _check_channels(self) -> None:
         """Refuse channels that a site does not have, if its shape is known before it fires."""
         for info in describe(self._model, self._points) if self._channels else ():
-            if info.site == "logits":  # a head may be wider than the vocabulary
-                continue
             channels = self._channels.get(info.site)
             problem = channels.problem(info.shape) if channels and info.shape else None
             if problem is not None:

@@ -27,6 +27,7 @@ import torch
 from strapfmt.errors import CaptureError, CompiledModelError, DiskSpaceError, RingFullError
 from strapfmt_capture.calls import Call, Counts, OpenStep, call_of, is_on_stack, kept_of, positions_of
 from strapfmt_capture.compiled import resumed
+from strapfmt_capture.disk_space import PassSizes
 from strapfmt_capture.drain_home import DrainHome
 from strapfmt_capture.dropped import INTERRUPTED, RING_FULL
 from strapfmt_capture.eager import is_repetition
@@ -54,6 +55,8 @@ class Steps:
     drain : DrainHome
         Asked at every step whether it has failed.
     tracker : RowTracker
+    sizes : PassSizes
+        Tells what a pass will store.
     on_full : {"block", "drop", "raise", "spill"}
         What happens when the ring is full as a step begins. A step that has begun waits for space.
     on_complete : callable
@@ -80,13 +83,14 @@ class Steps:
         rings: Rings,
         drain: DrainHome,
         tracker: RowTracker,
+        sizes: PassSizes,
         on_full: OnFull,
         on_complete: Callable[[OpenStep], None],
         selector: Selector | None = None,
     ) -> None:
         self.process = os.getpid()
         self.counts, self.n_paused_passes, self.is_paused = Counts(), 0, False
-        self._rings, self._drain, self._tracker = rings, drain, tracker
+        self._rings, self._drain, self._tracker, self._sizes = rings, drain, tracker, sizes
         self._on_full, self._on_complete, self._selector = on_full, on_complete, selector
         self._call: Call | None = None
         self.under_way: OpenStep | None = None
@@ -296,22 +300,44 @@ class Steps:
             self.n_paused_passes += 1
             self._passed_by = frame
 
-    def _check_space(self) -> None:
-        """Stop while what was captured still fits on the disk; it is committed at once."""
+    def _check_space(self, call: Call, n_rows: int | None) -> None:
+        """Stop while what was captured still fits on the disk, and the pass as well; it is committed at once.
+
+        Of the pass, values of `n_rows` of its tokens are stored; None: of all of them.
+        """
         space = self._drain.space
         if not space.is_watched:
             return
         was_short = space.is_short
         try:
-            space.check(self._rings.n_used + self._drain.n_spill_pending_bytes)
+            n_waiting_bytes = self._rings.n_used + self._drain.n_spill_pending_bytes
+            space.check(n_waiting_bytes, **self._sizes_of(call, n_rows))
         except DiskSpaceError:
             if not was_short and not self._tracker.keys.is_in_block:  # else its end is what can be committed
                 self._rings.publish(Boundary(is_urgent=True))
             raise
 
+    def _sizes_of(self, call: Call, n_rows: int | None) -> dict[str, int]:
+        """What a pass will store, as far as that is known."""
+        inputs = call.inputs
+        if inputs is None:
+            return {}
+        n, q = inputs.n_sequences, inputs.n_query
+        n_rows, chosen = n * q if n_rows is None else n_rows, positions_of(call.kept, q)
+        n_pass_bytes = self._sizes.n_bytes(
+            in_encoder=self._tracker.is_encoder(call.module),
+            n_rows=n_rows,
+            n_head_rows=min(n_rows, n * (q if chosen is None else len(chosen))),
+            n_last_rows=min(n_rows, n),
+            n_keys=(inputs.past or 0) + q,
+        )
+        return {"n_pass_bytes": n_pass_bytes, "n_tokens": n * q}
+
     def _begin(self, call: Call) -> OpenStep:
         self._drain.check()
-        self._check_space()
+        self._check_space(
+            call, 0 if self._selector else None
+        )  # what that chooses is known when the step has begun
         self._rings.check()
         is_full = self._on_full != "block" and self._rings.fill > FULL_SHARE
         if is_full and self._on_full == "raise":
@@ -327,14 +353,18 @@ class Steps:
             self._tracker.returned(call.output)
         open_step = self.under_way = _opened(call, step)
         try:
-            open_step.stored = (
-                self._selector.choose(step, open_step.whole, is_full=call.is_full)
-                if self._selector
-                else open_step.whole
-            )
+            selector = self._selector
+            open_step.stored = self._chosen(selector, call, open_step) if selector else open_step.whole
         finally:  # what is asked may fail, and then there is a step that does
             self._start(call, open_step)
         return open_step
+
+    def _chosen(self, selector: Selector, call: Call, open_step: OpenStep) -> Placement | None:
+        """What is stored of a step that is not stored as a whole, if the disk has space for that."""
+        step, is_full = open_step.step, call.is_full
+        stored = selector.choose(step, open_step.whole, chosen=open_step.chosen, is_full=is_full)
+        self._check_space(call, stored.n_rows if stored and not is_full else 0)
+        return stored
 
     def _start(self, call: Call, open_step: OpenStep) -> None:
         """Say that a step has begun; where an interrupt cuts this off, its end says so."""

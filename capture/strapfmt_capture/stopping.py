@@ -23,7 +23,8 @@ __all__ = ["Stop", "StoppedPass"]
 class StoppedPass:
     """What a forward pass that ended early returns: nothing that could be taken for logits.
 
-    Asking it for anything raises `StoppedPassError`.
+    Asking it for anything raises `StoppedPassError`: an attribute, an item, what is in it, its length. It has no
+    `__iter__`, by which it would be taken for a tuple of outputs.
     """
 
     def __init__(self, layer: int) -> None:
@@ -34,6 +35,12 @@ class StoppedPass:
 
     def __getitem__(self, key: object) -> NoReturn:
         self._raise("no logits, nor anything else")
+
+    def __len__(self) -> NoReturn:
+        self._raise("no length")
+
+    def __bool__(self) -> bool:
+        return True  # or __len__ would be asked
 
     def __repr__(self) -> str:
         return f"<forward pass that ended before block {self.__dict__.get('_layer')}>"

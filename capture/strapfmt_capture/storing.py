@@ -14,6 +14,7 @@ import torch
 from strapfmt.errors import CaptureError
 from strapfmt.schema import SiteSpec
 from strapfmt_capture.calls import OpenStep
+from strapfmt_capture.disk_space import PassSizes
 from strapfmt_capture.eager import has_values
 from strapfmt_capture.gradients import Awaited
 from strapfmt_capture.placement import Cut, Layout, Placement, check_known, declare
@@ -47,6 +48,8 @@ class Store:
     ----------
     devices : set of torch.device
         Where values have been found.
+    sizes : PassSizes
+        Of the sites that have fired.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Store:
         known: Mapping[str, SiteSpec],
     ) -> None:
         self.devices: set[torch.device] = set()
+        self.sizes = PassSizes()
         self._rings, self._selector = rings, selector
         self._codec, self._statistics, self._known = codec, statistics, known
 
@@ -170,6 +174,7 @@ class Store:
         check_known(self._known.get(point.site), spec)
         tap.layout = replace(value, spec=spec, where=point.hook_point)
         self._rings.publish(spec)
+        self.sizes.add(spec, is_head=tap.is_head, is_last=point.is_last, in_encoder=tap.in_encoder)
         return tap.layout
 
     def _declare(
@@ -190,6 +195,7 @@ class Store:
             self._selector.selection.check_own(tap.point.site, tap.point.hook_point)
         self._rings.publish(layout.spec)  # first: an interrupt between the two only makes it known twice
         tap.layout = layout
+        self.sizes.add(layout.spec, is_head=tap.is_head, is_last=tap.point.is_last, in_encoder=tap.in_encoder)
         self.devices.add(x.device)
         return layout
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from strapfmt.schema import SiteSpec
@@ -14,9 +16,10 @@ from strapfmt_capture.channels import Channels
 from strapfmt_capture.computed import expert_out
 from strapfmt_capture.gradients import Gradients
 from strapfmt_capture.hookpoints import HookPoint
+from strapfmt_capture.passes import Step
 from strapfmt_capture.placement import Layout
 
-__all__ = ["Fit", "Tap"]
+__all__ = ["Fit", "Tap", "reached_rows"]
 
 # Up to here a copy costs less than making a slot for it.
 _SMALL_BYTES = 64 << 10
@@ -114,3 +117,29 @@ class Fit:
             spec=layout.spec,
             is_small=is_whole and 0 < n_bytes <= _SMALL_BYTES,
         )
+
+
+def reached_rows(
+    taps: Iterable[Tap], step: Step, chosen: npt.NDArray[np.int64] | None
+) -> npt.NDArray[np.int64] | None:
+    """Return which rows of a step, counted from 0, some of the sites has a value of; None if all or not known.
+
+    Parameters
+    ----------
+    taps : iterable of Tap
+    step : Step
+    chosen : int64 [k] or None
+        The positions at which the head computes; None: all.
+    """
+    if not step.is_language:
+        return None
+    reached: set[int] = set()
+    for tap in taps:
+        if tap.in_encoder != (step.phase == "encode"):
+            continue
+        if not tap.is_head or (chosen is None and not tap.point.is_last):
+            return None
+        reached |= {step.n_query - 1} if chosen is None or tap.point.is_last else set(chosen.tolist())
+    places = np.arange(step.n_sequences * step.n_query) if step.selected is None else step.selected
+    rows: npt.NDArray[np.int64] = np.flatnonzero(np.isin(places % max(step.n_query, 1), list(reached)))
+    return rows

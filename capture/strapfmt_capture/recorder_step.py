@@ -10,11 +10,11 @@ import numpy as np
 
 from strapfmt_capture.token_rows import TokenRows
 
-__all__ = ["OpenStep"]
+__all__ = ["RecorderStep"]
 
 
 @dataclass(slots=True)
-class OpenStep:
+class RecorderStep:
     """A step under way."""
 
     number: int
