@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +232,54 @@ def test_one_of_several_layers_of_one_class_is_captured(
     assert cap.report.sites[0].n_missed == 0
     reader = Reader(path)[site]
     assert torch.allclose(reader.take(reader.rows), by_hand(IDS, IDS + 1)[site], atol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["there, here", "here, there"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_layers_that_another_thread_compiles_first_are_captured(
+    order: str, number: int, tmp_path: Path
+) -> None:
+    model, path, site = its_blocks(Small(), backend="eager"), tmp_path / "x.strap", f"blocks.{number}.mlp"
+    before = torch._dynamo.config.skip_nnmodule_hook_guards
+    with capture(model, path, site) as cap:
+        for place in order.split(", "):
+            run = partial(model, input_ids=IDS)
+            if place == "here":
+                run()
+            else:
+                with ThreadPoolExecutor(1) as pool:
+                    pool.submit(torch.no_grad()(run)).result()
+    assert cap.report.sites[0].n_missed == 0
+    reader = Reader(path)[site]
+    assert torch.allclose(reader.take(reader.rows), by_hand(IDS, IDS)[site], atol=1e-6)
+    assert torch._dynamo.config.skip_nnmodule_hook_guards is before
+
+
+def test_captures_that_end_in_any_order_and_thread_leave_the_compiler_as_it_was(tmp_path: Path) -> None:
+    model, other = Small(), Small()
+    assert torch._dynamo.config.skip_nnmodule_hook_guards
+    first, second = capture(model, tmp_path / "a.strap"), capture(other, tmp_path / "b.strap")
+    for cap in (first, second):
+        cap.__enter__()
+    model(input_ids=IDS)
+    other(input_ids=IDS)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(first.__exit__, None, None, None).result()
+    assert not torch._dynamo.config.skip_nnmodule_hook_guards
+    second.__exit__(None, None, None)
+    assert torch._dynamo.config.skip_nnmodule_hook_guards
+    check(tmp_path / "a.strap", IDS)
+    check(tmp_path / "b.strap", IDS)
+
+
+def test_a_setting_of_this_thread_against_hooks_is_changed_for_the_capture(tmp_path: Path) -> None:
+    model, path, site = its_blocks(Small(), backend="eager"), tmp_path / "x.strap", "blocks.1.mlp"
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):
+        with capture(model, path, site):
+            model(input_ids=IDS)
+        assert torch._dynamo.config.skip_nnmodule_hook_guards
+    reader = Reader(path)[site]
+    assert torch.allclose(reader.take(reader.rows), by_hand(IDS)[site], atol=1e-6)
 
 
 def test_the_wrapper_can_be_given_as_well_as_the_model(tmp_path: Path) -> None:

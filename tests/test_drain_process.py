@@ -46,7 +46,7 @@ SCRIPT = """
 import os, signal, sys, time, torch, strapfmt
 from test_capture_flow import SMALL, Wide, ids
 model = Wide()
-cap = strapfmt.capture(model, sys.argv[1], sites=["one", "two"], drain="process", **SMALL)
+cap = strapfmt.capture(model, sys.argv[1], sites=["one", "two"], drain=sys.argv[2], **SMALL)
 """
 
 
@@ -75,9 +75,9 @@ def is_free(path: Path) -> bool:
     return True
 
 
-def run_script(body: str, path: Path) -> subprocess.Popen[str]:
+def run_script(body: str, path: Path, *, drain: str = "process") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT + body, str(path)],
+        [sys.executable, "-c", SCRIPT + body, str(path), drain],
         env={**os.environ, "PYTHONPATH": PATHS},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -279,6 +279,30 @@ with cap:
     reader = Reader(path)
     assert reader.report.is_clean
     assert reader["two"].n_rows > 0
+    assert_consistent(reader)
+
+
+@pytest.mark.parametrize("drain", ["thread", "process"])
+def test_a_capture_that_is_still_open_when_the_program_ends_is_closed(drain: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.strap"
+    process = run_script(
+        """
+cap.__enter__()
+model(ids(10))
+if not os.fork():
+    sys.exit()  # the capture is not this process's
+os.wait()
+del cap
+""",
+        path,
+        drain=drain,
+    )
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert errors.count("the capture was still open when the program ended, and is closed now") == 1
+    reader = Reader(path)
+    assert reader.report.is_clean
+    assert reader["two"].n_rows == 10
     assert_consistent(reader)
 
 

@@ -591,6 +591,21 @@ def test_no_gradient_at_all_is_an_error_that_says_why(
     assert Reader(tmp_path / "x.strap")["blocks.0.resid_post"].n_rows >= 12
 
 
+def test_sites_without_a_gradient_beside_others_are_told(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.get_input_embeddings().requires_grad_(False)
+    model.model.layers[0].requires_grad_(False)
+    with strapfmt.capture(model, tmp_path / "x.strap", sites=RESID, backward=True, quiet=True) as cap:
+        loss_of(model).backward()
+    assert any(
+        "no gradient at 'blocks.0.resid_post.grad': of 1 values 1 require no" in each
+        for each in cap.report.notes
+    )
+    reader = Reader(tmp_path / "x.strap")
+    assert reader["blocks.1.resid_post.grad"].n_rows == 12
+    assert "blocks.0.resid_post.grad" not in reader
+
+
 def test_backward_after_the_end_records_nothing_and_breaks_nothing(tmp_path: Path) -> None:
     model = tiny_model("llama")
     with strapfmt.capture(model, tmp_path / "x.strap", sites=RESID, backward=True, quiet=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, TypeVar
@@ -54,6 +55,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 # Asking and marking must not import the compiler, which takes a second.
 _frames = torch._C._dynamo.eval_frame
 _frame_compiler: Callable[[], object] = getattr(_frames, "get_eval_frame_callback", lambda: None)
+_HOOK_GUARDS = "skip_nnmodule_hook_guards"
 _REASON = (
     "strapfmt: a pass of a captured model begins and ends outside of compiled code; enter the capture after the model "
     "or its parts were compiled (torch.compile(model), model.compile()), compile no function around it, or leave out "
@@ -171,17 +173,22 @@ def attached_around(
 def guard_hooks(handles: ExitStack) -> bool:
     """Have what is compiled from now on, until `handles` are closed, notice the hooks of its modules.
 
-    Code is shared by modules of one class, layers for example, and PyTorch takes them to be alike in their hooks.
+    Code is shared by modules of one class, layers for example, and PyTorch takes them to be alike in their hooks. The
+    setting is that of the whole process, as the model may run in any thread, and the capture be left in any.
 
     Returns
     -------
     bool
         False if there is nothing to set yet, as nothing has been compiled in this process.
     """
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None:
+    config = sys.modules.get("torch._dynamo.config")
+    if not hasattr(config, "_config"):  # not imported, or another thread is about to
         return False
-    handles.enter_context(dynamo.config.patch(skip_nnmodule_hook_guards=False))
+    _hook_guards.acquire(config)
+    handles.callback(_hook_guards.release, config)
+    if getattr(config, _HOOK_GUARDS):  # this thread has a setting of its own, which only it can change
+        setattr(config, _HOOK_GUARDS, False)
+        handles.callback(_set_in, threading.get_ident(), config)
     return True
 
 
@@ -197,6 +204,48 @@ def resumed(frame: Any) -> Any:
     while frame.f_code.co_name.startswith("torch_dynamo_resume_in"):
         frame = frame.f_back
     return frame
+
+
+def _set_in(thread: int, config: Any) -> None:
+    if threading.get_ident() == thread:
+        setattr(config, _HOOK_GUARDS, True)
+
+
+class _HookGuards:
+    """The setting for as long as any capture runs, of however many.
+
+    PyTorch's settings are those of a thread; what they are in all others is their default.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._n_users, self._before = threading.Lock(), 0, True
+
+    def acquire(self, config: Any) -> None:
+        """Set it for one more."""
+        with self._lock:
+            if not self._n_users:
+                self._before = self._exchange(config, False)
+            self._n_users += 1
+
+    def release(self, config: Any) -> None:
+        """Put it back, if nobody else needs it."""
+        with self._lock:
+            self._n_users -= 1
+            if not self._n_users:
+                self._exchange(config, self._before)
+
+    @staticmethod
+    def _exchange(config: Any, value: bool) -> bool:
+        entry = config._config[_HOOK_GUARDS]
+        if not hasattr(entry, "default"):  # before PyTorch 2.6, settings are those of the process
+            before: bool = getattr(config, _HOOK_GUARDS)
+            setattr(config, _HOOK_GUARDS, value)
+            return before
+        before, entry.default = entry.default, value
+        return before
+
+
+_hook_guards = _HookGuards()
 
 
 @contextmanager

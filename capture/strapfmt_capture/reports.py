@@ -65,24 +65,29 @@ def silence_of(engine: Engine, report: CaptureReport, model_name: str) -> SiteNe
 
 
 def _no_gradients(taps: Sequence[Tap], report: CaptureReport) -> SiteNeverFiredError | None:
-    """Say of which sites values came, but no gradient."""
-    silent = {
-        tap.point.site: tap.gradients.counts
-        for tap in taps
-        if tap.gradients is not None and tap.gradients.counts and not tap.n_calls
-    }
-    if not silent:
+    """Say why no site had a gradient; of some sites alone, the notes say so."""
+    silent = _without_gradients(taps)
+    if not silent or any(tap.gradients is not None and tap.n_calls for tap in taps):
         return None
-    counts = sum(silent.values(), Counter[str]())
+    return SiteNeverFiredError(
+        [tap.point.site for tap in silent], f"{_why(silent)}; the dataset is closed: {report.summary()}"
+    )
+
+
+def _without_gradients(taps: Iterable[Tap]) -> list[Tap]:
+    """The gradients of which values came, but none of them."""
+    return [tap for tap in taps if tap.gradients is not None and tap.gradients.counts and not tap.n_calls]
+
+
+def _why(silent: Iterable[Tap]) -> str:
+    counts = sum((tap.gradients.counts for tap in silent if tap.gradients), Counter[str]())
     reasons = {
         "off": "were made with gradients off (torch.no_grad, generate())",
         "constant": "require no gradient (of a frozen model, give it inputs_embeds that do)",
         "awaited": "waited for a backward() inside the with block, of a loss that depends on them",
     }
     why = ", ".join(f"{counts[kind]} {reason}" for kind, reason in reasons.items() if counts[kind])
-    return SiteNeverFiredError(
-        list(silent), f"of {counts.total()} values {why}; the dataset is closed: {report.summary()}"
-    )
+    return f"of {counts.total()} values {why}"
 
 
 def _account(tap: Tap, progress: Progress) -> SiteAccount:
@@ -122,6 +127,9 @@ def _notes(engine: Engine) -> list[str]:
     ]
     if whole:
         notes.append(f"no gradients of whole numbers: {', '.join(whole)}")
+    if silent := _without_gradients(engine.hooks.taps):
+        more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
+        notes.append(f"no gradient at {silent[0].point.site!r}{more}: {_why(silent)}")
     points = [
         tap.point for tap in engine.hooks.taps if tap.layout is not None and tap.layout.ndim is not None
     ]

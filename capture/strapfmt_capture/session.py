@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -14,10 +16,9 @@ import torch
 
 from strapfmt.arguments import as_integer
 from strapfmt.errors import ArgumentError, CaptureError, DrainError
+from strapfmt.text import shown_path
 from strapfmt_capture.accounts import CaptureReport, Estimate, estimate
-from strapfmt_capture.arguments import (
-    check_appended,
-)
+from strapfmt_capture.arguments import check_appended
 from strapfmt_capture.channels import channels_of, facts_of
 from strapfmt_capture.compiled import check_not_compiled, is_compiled
 from strapfmt_capture.engine import Engine, Options
@@ -95,6 +96,7 @@ class Capture:
         if self._options.backward and is_compiled(self._model):  # since the capture was made
             raise compiled_error()
         first_does(self._group, self._begin)
+        atexit.register(self._close_at_exit)
         self._state = "running"
         return self
 
@@ -103,6 +105,7 @@ class Capture:
     ) -> None:
         if self._engine is None:
             raise CaptureError(f"{self.path}: this capture was not entered; use it in a with statement")
+        atexit.unregister(self._close_at_exit)
         problem: CaptureError | None = None
         self._state = "failed"
         try:
@@ -120,6 +123,14 @@ class Capture:
         problem = problem or silence_of(self._engine, self.report, type(self._model).__name__)
         if problem is not None:
             raise problem
+
+    def _close_at_exit(self) -> None:
+        """Close a capture that the program has left open as it ends: nothing that was captured is lost."""
+        if self._engine is None or os.getpid() != self._engine.hooks.steps.process:
+            return
+        why = "the capture was still open when the program ended, and is closed now; enter it by a with statement"
+        sys.stderr.write(f"strapfmt: {shown_path(self.path)}: {why}\n")
+        self.__exit__(None, None, None)
 
     def _add_gradients(self) -> None:
         if self._options.stop_at_layer is not None:
