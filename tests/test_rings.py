@@ -13,7 +13,7 @@ from models import tiny_model
 from test_capture_flow import gate, wait_until
 
 import strapfmt
-from strapfmt.errors import DrainError
+from strapfmt.errors import ArgumentError, DrainError
 from strapfmt.schema import SiteSpec
 from strapfmt_capture import rings as rings_module
 from strapfmt_capture.accounts import CaptureReport
@@ -348,3 +348,18 @@ def test_a_device_that_fails_in_a_capture_is_an_error_and_what_was_committed_sta
     with pytest.raises(DrainError, match="device lost"):
         run()
     assert strapfmt.verify(path).valid
+
+
+@pytest.mark.parametrize("n_bytes", [1, 1 << 62])
+def test_a_ring_on_a_device_that_cannot_be_made_names_the_argument_it_comes_from(n_bytes: int) -> None:
+    rings, _ = staged(gpu=n_bytes)
+    with pytest.raises(ArgumentError, match="^gpu_ring_bytes: expected"):
+        rings.of(FIRST)
+    assert rings.devices == {}
+
+
+def test_a_slot_that_no_ring_on_a_device_could_hold_names_the_argument() -> None:
+    rings, _ = staged()
+    with pytest.raises(ArgumentError, match="raise gpu_ring_bytes"):
+        rings.of(FIRST).reserve(1 << 20)
+    rings.abort()

@@ -164,7 +164,7 @@ class DeviceRing(Ring[Entry[Item]]):
         next_number: Callable[[], int],
         mark_all: Callable[[], None],
     ) -> None:
-        super().__init__(n_bytes, device=str(device))
+        super().__init__(n_bytes, device=str(device), argument="gpu_ring_bytes")
         self.streams = streams
         self._next_number, self._mark_all = next_number, mark_all
         self._stream: Any = None
