@@ -9,6 +9,7 @@ read, and neither stream waits for the other but through events.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -66,8 +67,9 @@ class CudaStreams:
         self, source: torch.Tensor, target: torch.Tensor, after: Sequence[torch.cuda.Event]
     ) -> torch.cuda.Event:
         """Begin to copy in pieces, between which transfers of the model's own find their turn."""
-        end = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._side):
+        # The thread that calls this has a current device of its own, which may be another one.
+        with torch.cuda.device(self._device), torch.cuda.stream(self._side):
+            end = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             for event in after:
                 self._side.wait_event(event)
             for start in range(0, len(source), _MARK_BYTES):
@@ -90,14 +92,17 @@ class CudaStreams:
         """
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         with torch.cuda.device(self._device):
-            error = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-        if int(error) != 0:
-            raise RuntimeError(
-                f"cudaHostRegister of {memory.nbytes} bytes failed with CUDA error {int(error)}"
-            )
+            error = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+            if error != 0:
+                # CUDA keeps the error for whoever asks next, which would be the model.
+                with suppress(RuntimeError):
+                    torch.empty(1, device=self._device).fill_(0)
+        if error != 0:
+            raise RuntimeError(f"cudaHostRegister of {memory.nbytes} bytes failed with CUDA error {error}")
 
         def unpin() -> None:
-            runtime.cudaHostUnregister(memory.data_ptr())
+            with torch.cuda.device(self._device):
+                runtime.cudaHostUnregister(memory.data_ptr())
 
         return unpin
 
