@@ -214,7 +214,49 @@ def test_memory_that_cannot_be_locked_is_told() -> None:
     put(rings, FIRST, 0, 10, known[FIRST].model)
     rings.finish()
     consumer.join()
-    assert (consumer.seen, rings.is_pinned) == ([0], False)
+    assert (consumer.seen, rings.is_pinned, rings.pin_refusal) == ([0], False, "too much")
+
+
+def test_the_ring_of_what_is_spilled_is_locked_too_and_unlocked_at_the_end(
+    tmp_path: Path, late: LateStreams
+) -> None:
+    locked: list[int] = []
+
+    def pin(memory: torch.Tensor) -> Callable[[], None]:
+        locked.append(memory.data_ptr())
+        return lambda: locked.remove(memory.data_ptr())
+
+    late.pin = pin  # type: ignore[method-assign]
+    model, path = tiny_model("llama"), tmp_path / "x.strap"
+    options: dict[str, Any] = {"on_full": "spill", "spill_path": tmp_path, "quiet": True}
+    with strapfmt.capture(model, path, sites="blocks.*.resid_post", **options) as cap:
+        model(torch.arange(5, 29).reshape(2, 12))
+        rings = cap._engine.rings
+        assert rings.spill is not None
+        assert locked == [rings.host.memory.tensor.data_ptr(), rings.spill.ring.memory.tensor.data_ptr()]
+    assert locked == []
+
+
+def test_a_lock_that_is_refused_is_told_with_its_reason(tmp_path: Path, late: LateStreams) -> None:
+    def refuse(memory: torch.Tensor) -> Callable[[], None]:
+        raise RuntimeError("CUDA error 2")
+
+    late.pin = refuse  # type: ignore[method-assign]
+    model = tiny_model("llama")
+    with strapfmt.capture(model, tmp_path / "x.strap", sites="blocks.*.resid_post", quiet=True) as cap:
+        model(torch.arange(5, 29).reshape(2, 12))
+    assert any("could not be locked for the GPU (CUDA error 2)" in note for note in cap.report.notes)
+    assert not any("ulimit" in note for note in cap.report.notes)
+
+
+def test_rings_can_be_looked_at_by_other_threads_while_another_one_opens() -> None:
+    rings, _ = staged()
+    rings.of(FIRST)
+    looked_at = iter(rings.devices.values())
+    rings.of(SECOND)
+    assert len(list(looked_at)) == 1
+    assert len(rings.devices) == 2
+    rings.abort()
 
 
 def test_a_failure_of_the_device_is_raised_where_the_user_waits_and_nobody_hangs() -> None:
@@ -353,7 +395,7 @@ def test_a_device_that_fails_in_a_capture_is_an_error_and_what_was_committed_sta
 @pytest.mark.parametrize("n_bytes", [1, 1 << 62])
 def test_a_ring_on_a_device_that_cannot_be_made_names_the_argument_it_comes_from(n_bytes: int) -> None:
     rings, _ = staged(gpu=n_bytes)
-    with pytest.raises(ArgumentError, match="^gpu_ring_bytes: expected"):
+    with pytest.raises(ArgumentError, match=r"^gpu_ring_bytes: expected"):
         rings.of(FIRST)
     assert rings.devices == {}
 

@@ -36,12 +36,16 @@ class Mover:
     ----------
     host : Ring
         Aborted if moving fails.
+
+    Attributes
+    ----------
     rings : mapping of torch.device to DeviceRing
-        The rings of the devices; more may come.
+        The rings of the devices; exchanged for a larger one when there is another.
     """
 
-    def __init__(self, host: Ring[Item], rings: Mapping[torch.device, DeviceRing[Item]]) -> None:
-        self._host, self._rings = host, rings
+    def __init__(self, host: Ring[Item]) -> None:
+        self._host = host
+        self.rings: Mapping[torch.device, DeviceRing[Item]] = {}
         self._run_bytes = min(_RUN_BYTES, host.n_bytes // 4)
         self._numbers = itertools.count()
         self._n_numbered = 0
@@ -77,9 +81,9 @@ class Mover:
 
     def mark(self) -> None:
         """Let the rings be emptied up to here."""
-        for ring in self._rings.values():
+        for ring in self.rings.values():
             ring.mark()
-        if self._rings:
+        if self.rings:
             self._work.set()
 
     def check(self) -> None:
@@ -106,7 +110,7 @@ class Mover:
 
     def abort(self) -> None:
         """End the thread without moving any more."""
-        for ring in self._rings.values():
+        for ring in self.rings.values():
             ring.abort()
         self._is_closed = True
         self._work.set()
@@ -120,7 +124,7 @@ class Mover:
             self._failure = error
             self._host.abort()
         finally:
-            for ring in self._rings.values():
+            for ring in self.rings.values():
                 ring.abort()
 
     def _move_all(self, next_sink: Callable[[], Ring[Any]]) -> None:
@@ -129,7 +133,7 @@ class Mover:
             is_last = self._is_closed
             # Everything up to this number has been published: nothing that comes later belongs before it.
             limit = self._n_numbered
-            rings = list(self._rings.values())
+            rings = list(self.rings.values())
             for ring in rings:
                 waiting.add(ring, ring.take_now())
             for run in _runs(waiting.ready(limit), self._run_bytes):
