@@ -23,6 +23,7 @@ GPU_RING_BYTES = 256 << 20
 # A mark is recorded behind so many bytes, besides at the end of every step. Larger transfers gain nothing, and
 # hold up the model's own.
 _MARK_BYTES = 8 << 20
+_RECHECK_S = 1.0
 
 Item = TypeVar("Item")
 
@@ -138,12 +139,16 @@ def streams_of(device: torch.device) -> Streams | None:
 
 @dataclass(slots=True)
 class Entry(Generic[Item]):
-    """An item in a device's ring; `number` orders the items of all rings, `mark` is set where one was recorded."""
+    """An item in a device's ring; `number` orders the items of all rings.
+
+    Without an item it says that `mark` was recorded, on `stream`, behind those before it.
+    """
 
     number: int
     item: Item | None
     slot: Slot | None
     mark: Any = None
+    stream: Any = None
 
 
 class DeviceRing(Ring[Entry[Item]]):
@@ -192,8 +197,18 @@ class DeviceRing(Ring[Entry[Item]]):
         """Say that everything so far may be fetched once the stream has come to here."""
         if self._n_unmarked:
             mark = None if self._stream is None else self.streams.mark(self._stream)
-            self.publish(Entry(self._next_number(), None, None, mark))
+            self.publish(Entry(self._next_number(), None, None, mark, self._stream))
             self._stream, self._n_unmarked, self._n_unmarked_bytes = None, 0, 0
+
+    @property
+    def is_worth_moving(self) -> bool:
+        """Whether there is enough in it to be moved at once."""
+        return self.n_used >= self._worthwhile_bytes
+
+    def wait_until_empty(self) -> None:
+        """Return when all that was marked has been moved, or nobody moves it any more."""
+        while self.n_used and not self.is_aborted:
+            self._space.wait(_RECHECK_S)
 
     def take_now(self) -> list[Entry[Item]]:
         """Take whatever there is, without waiting."""

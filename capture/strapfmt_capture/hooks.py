@@ -275,6 +275,7 @@ class Hooks:
         if self._is_recording:
             raise CaptureError("a recording is under way already; end it before the next one begins")
         self.steps.settle("recording()")
+        self._rings.settle()  # what another thread waits for on the GPU would end a recording of it
         self._is_recording, self._recorded = True, []
         try:
             yield self._recorded

@@ -113,8 +113,8 @@ def _notes(engine: Engine) -> list[str]:
     if engine.rings.is_pinned is False:
         notes.append(
             f"the ring in host memory could not be locked for the GPU ({engine.rings.pin_refusal}), so copies to it "
-            "are slower; the driver decides, and a smaller host_ring_bytes may do where memory is short or a container's "
-            "limit is low"
+            "are slower; the driver decides: a smaller host_ring_bytes may do where memory is short, or a container's "
+            "limit low"
         )
     whole = [
         tap.point.of_value.site

@@ -72,8 +72,8 @@ class Rings:
         self._by_device: dict[torch.device, Ring[Any]] = {}
         self._small = Gatherer()
         self._mover = Mover(host)
-        #: Let the rings of the devices be emptied up to here; raise what has stopped that: see `Mover`.
-        self.mark, self.check = self._mover.mark, self._mover.check
+        #: Let the rings of the devices be emptied up to here, wait for it, raise what has stopped it: see `Mover`.
+        self.mark, self.settle, self.check = self._mover.mark, self._mover.settle, self._mover.check
         self._unpin: list[Callable[[], None]] = []
 
     # The producer's side.
@@ -87,7 +87,7 @@ class Rings:
         else:
             first.add(item)
             if isinstance(item, StepEnd | Events | Boundary | Annotation):
-                self.mark()
+                self.mark(is_urgent=isinstance(item, Boundary) and item.is_urgent)
 
     def flush(self) -> None:
         """Hand over small values that were gathered."""
