@@ -96,6 +96,8 @@ def test_experts_on_a_gpu_have_the_bits_that_their_sum_is_made_of(
     tmp_path: Path, implementation: str
 ) -> None:
     model = tiny_model("qwen3_moe", dtype=torch.bfloat16, experts_implementation=implementation).cuda()
+    if getattr(model.config, "_experts_implementation", None) != implementation:
+        pytest.skip(f"this version of transformers does not run experts by {implementation!r}")
     inputs, sums = padded(), []
     handle = model.model.layers[0].mlp.experts.register_forward_hook(lambda _, args, out: sums.append(out))
     with (
@@ -147,7 +149,8 @@ def test_states_and_the_largest_logits_on_a_gpu(tmp_path: Path) -> None:
     ):
         output = model(**inputs)
     reader = Reader(tmp_path / "x.strap")
-    state = output.cache_params.layers[1].recurrent_states[0]
+    states = output.cache_params.layers[1].recurrent_states  # by number, or one tensor
+    state = states if isinstance(states, torch.Tensor) else states[0]
     assert torch.equal(reader["blocks.1.ssm_state"].tensor(), state.cpu())
     values, ids = output.logits[inputs["attention_mask"].bool()].topk(3)
     assert torch.equal(reader["logits.top_values"].tensor(), values.cpu())
@@ -196,6 +199,7 @@ def test_a_ring_on_the_gpu_is_reused_a_hundred_thousand_times_without_a_torn_slo
     # The host's ring has to be emptied while the mover ends.
     rings.mark()
     while n_checked < n_slots:
+        rings.host.press()  # or the last few would not be worth taking
         check()
     rings.finish()
     assert (n_checked, n_wrong) == (n_slots, 0)
