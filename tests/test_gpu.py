@@ -149,8 +149,7 @@ def test_states_and_the_largest_logits_on_a_gpu(tmp_path: Path) -> None:
     ):
         output = model(**inputs)
     reader = Reader(tmp_path / "x.strap")
-    states = output.cache_params.layers[1].recurrent_states  # by number, or one tensor
-    state = states if isinstance(states, torch.Tensor) else states[0]
+    state = output.cache_params.layers[1].recurrent_states[0]
     assert torch.equal(reader["blocks.1.ssm_state"].tensor(), state.cpu())
     values, ids = output.logits[inputs["attention_mask"].bool()].topk(3)
     assert torch.equal(reader["logits.top_values"].tensor(), values.cpu())
