@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import strapfmt
 from strapfmt.errors import ArgumentError, CaptureError
 from strapfmt.reader import Reader
+from strapfmt_capture import placement
 from strapfmt_capture.attention import _entries, watched
 from strapfmt_capture.sites import resolve
 
@@ -209,6 +210,43 @@ def test_packed_sequences_of_flash_attention_are_refused(flash: Flash, tmp_path:
             position_ids=torch.tensor([[*range(3), *range(4)]]),
             use_cache=False,
         )
+
+
+def test_packing_that_cannot_be_asked_in_a_cuda_graph_is_refused_with_a_reason(
+    flash: Flash, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    model.config._attn_implementation = "flash_by_hand"
+    monkeypatch.setattr("strapfmt_capture.attention.is_graph_made", lambda: True)
+    options: dict[str, Any] = {"attn_pattern": "recompute", "quiet": True}
+    with (
+        pytest.raises(CaptureError, match="cannot be asked in a CUDA graph"),
+        strapfmt.capture(model, tmp_path / "x.strap", sites="**.attn_pattern", **options) as cap,
+        cap.recording(),
+    ):
+        model(input_ids=torch.arange(5, 12)[None], position_ids=torch.arange(7)[None], use_cache=False)
+
+
+def test_what_layers_have_in_common_of_padding_is_sent_to_a_device_once_a_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama", attn_implementation="eager")
+    sent: list[int] = []
+    send = placement.sent
+
+    def noted(index: Any, device: torch.device) -> torch.Tensor:
+        sent.append(len(index))
+        return send(index, device)
+
+    monkeypatch.setattr(placement, "sent", noted)
+    inputs = batch(texts=["the cat sat", "abcdefgh"])
+    n_real = inputs["attention_mask"].sum(1).tolist()
+    with strapfmt.capture(model, tmp_path / "x.strap", sites="**.attn_pattern", quiet=True):
+        model(**inputs)
+        model(**inputs)
+    short, long = sorted(n_real)
+    assert long > short  # two layers of two sequences, of which one is padded: its queries, keys and padding
+    assert sorted(sent) == sorted(2 * [short, short, long - short, long])
 
 
 def test_what_cannot_be_recomputed_is_told(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 N_BLOCKS, WIDTH, N_TOKENS = 2, 8, 50
 SITES = ["blocks.*", "blocks.*.mlp", "blocks.*.mlp:in", "head"]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+# What PyTorch remarks of a float32 model, and of a graph in which our error has struck first.
+IGNORED = pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore:The CUDA Graph is empty")
 
 
 class Block(torch.nn.Module):
@@ -706,6 +708,7 @@ def test_a_replay_that_fails_is_an_abandoned_pass(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@IGNORED
 def test_reduce_overhead_on_a_gpu_skips_no_graph_and_stores_every_row(tmp_path: Path) -> None:
     model, path = Small().cuda(), tmp_path / "x.strap"
     run = torch.compile(model, mode="reduce-overhead", fullgraph=True)
@@ -719,18 +722,21 @@ def test_reduce_overhead_on_a_gpu_skips_no_graph_and_stores_every_row(tmp_path: 
 
 
 @pytest.mark.gpu
+@IGNORED
 def test_regions_with_graphs_of_their_own_on_a_gpu(tmp_path: Path) -> None:
     model, path = Small().cuda(), tmp_path / "x.strap"
     its_blocks(model, mode="reduce-overhead", fullgraph=True)
     inputs = [(IDS + shift) % N_TOKENS for shift in range(20)]
     with capture(model, path):
         for ids in inputs:
+            torch.compiler.cudagraph_mark_step_begin()  # or each block is a pass to PyTorch, and frees the one before
             model(ids.cuda())
     assert counters["inductor"]["cudagraph_skips"] == 0
     check(path, *inputs)
 
 
 @pytest.mark.gpu
+@IGNORED
 def test_replays_of_a_cuda_graph_are_stored(tmp_path: Path) -> None:
     model, path = Small().cuda(), tmp_path / "x.strap"
     static, graph = IDS.cuda(), torch.cuda.CUDAGraph()
@@ -740,16 +746,19 @@ def test_replays_of_a_cuda_graph_are_stored(tmp_path: Path) -> None:
     torch.cuda.current_stream().wait_stream(side)
     inputs = [(IDS + shift) % N_TOKENS for shift in range(20)]
     with capture(model, path) as cap:
-        with cap.recording() as recorded, torch.cuda.graph(graph):
+        model(static)  # the mover has something to do
+        whole = torch.cuda.graph(graph, capture_error_mode="thread_local")
+        with cap.recording() as recorded, whole:
             model(static)
         for ids in inputs:
             static.copy_(ids)
             with recorded.replay(input_ids=static):
                 graph.replay()
-    check(path, *inputs)
+    check(path, IDS, *inputs)
 
 
 @pytest.mark.gpu
+@IGNORED
 def test_a_cuda_graph_made_without_a_recording_is_refused(tmp_path: Path) -> None:
     model, static = Small().cuda(), IDS.cuda()
     model(static)

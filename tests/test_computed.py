@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers.models.mamba import modeling_mamba
 import strapfmt
 from strapfmt.errors import ArgumentError, CaptureError
 from strapfmt.reader import Reader
+from strapfmt_capture.computed import ssm_state
 from strapfmt_capture.sites import describe, hook_points, list_sites, resolve
 
 # Two sequences of 3 and 7 tokens.
@@ -406,3 +408,16 @@ def test_a_wildcard_takes_the_largest_only_and_the_listing_says_their_size() -> 
     assert infos["logits.top_values"] == ((4,), "bfloat16", 8)
     assert infos["logits.top_ids"] == ((4,), "int64", 32)
     assert "logits.top_ids" not in list_sites(model).names
+
+
+def test_the_state_of_a_cache_that_does_not_give_it_by_layer_is_found() -> None:
+    state = torch.arange(6.0).reshape(2, 3)
+    cache = SimpleNamespace(
+        layers=[None, SimpleNamespace(recurrent_states={0: state})], update_recurrent_state=None
+    )
+    mixer = torch.nn.Identity()
+    mixer.layer_idx = 1
+    found = ssm_state(state, mixer, (state,), {"cache_params": cache})
+    assert found is not None
+    assert torch.equal(found, state.unsqueeze(1))
+    assert ssm_state(state, mixer, (state,), {"cache_params": None}) is None

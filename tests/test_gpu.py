@@ -96,6 +96,8 @@ def test_experts_on_a_gpu_have_the_bits_that_their_sum_is_made_of(
     tmp_path: Path, implementation: str
 ) -> None:
     model = tiny_model("qwen3_moe", dtype=torch.bfloat16, experts_implementation=implementation).cuda()
+    if getattr(model.config, "_experts_implementation", None) != implementation:
+        pytest.skip(f"this version of transformers does not run experts by {implementation!r}")
     inputs, sums = padded(), []
     handle = model.model.layers[0].mlp.experts.register_forward_hook(lambda _, args, out: sums.append(out))
     with (
@@ -196,6 +198,7 @@ def test_a_ring_on_the_gpu_is_reused_a_hundred_thousand_times_without_a_torn_slo
     # The host's ring has to be emptied while the mover ends.
     rings.mark()
     while n_checked < n_slots:
+        rings.host.press()  # or the last few would not be worth taking
         check()
     rings.finish()
     assert (n_checked, n_wrong) == (n_slots, 0)

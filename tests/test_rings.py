@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ from models import tiny_model
 from test_capture_flow import gate, wait_until
 
 import strapfmt
-from strapfmt.errors import DrainError
+from strapfmt.errors import ArgumentError, DrainError
 from strapfmt.schema import SiteSpec
 from strapfmt_capture import rings as rings_module
 from strapfmt_capture.accounts import CaptureReport
 from strapfmt_capture.device_ring import DeviceRing
-from strapfmt_capture.items import Events, Item
+from strapfmt_capture.items import Boundary, Events, Item
 from strapfmt_capture.memory import Memory
-from strapfmt_capture.ring import Ring
+from strapfmt_capture.ring import LINGER_S, Ring
 from strapfmt_capture.rings import Rings
 from strapfmt_capture.turn import Values
 
@@ -90,10 +91,30 @@ class Consumer:
 
 
 def staged(
-    delay_s: float = 0.002, host: int = 1 << 16, gpu: int = 1 << 14
+    delay_s: float = 0.002, host: int = 1 << 16, gpu: int = 1 << 14, linger_s: float = LINGER_S
 ) -> tuple[Rings, dict[Any, LateStreams]]:
     known = {FIRST: LateStreams(1, delay_s), SECOND: LateStreams(2, delay_s)}
-    return Rings(Ring(host), gpu_ring_bytes=gpu, streams=known.get), known
+    return Rings(Ring(host, linger_s=linger_s), gpu_ring_bytes=gpu, streams=known.get), known
+
+
+def count_fetches(streams: LateStreams, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by the bytes of each copy to the host."""
+    fetched: list[int] = []
+    fetch = streams.fetch
+
+    def counted(source: torch.Tensor, *others: Any) -> Any:
+        fetched.append(source.nbytes)
+        return fetch(source, *others)
+
+    monkeypatch.setattr(streams, "fetch", counted)
+    return fetched
+
+
+def await_that(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.001)
 
 
 def event(number: int) -> Events:
@@ -171,24 +192,65 @@ def test_values_of_one_device_do_not_wait_for_ever_for_items_of_another() -> Non
     assert consumer.seen == list(range(50))
 
 
-def test_neighbours_are_moved_together() -> None:
+def test_neighbours_are_moved_together(monkeypatch: pytest.MonkeyPatch) -> None:
     rings, known = staged(gpu=1 << 16, host=1 << 18)
     consumer = Consumer(rings.host)
-    calls = 0
-    fetch = known[FIRST].fetch
-
-    def counted(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        return fetch(*arguments)
-
-    known[FIRST].fetch = counted  # type: ignore[method-assign]
+    fetched = count_fetches(known[FIRST], monkeypatch)
     for number in range(200):
         put(rings, FIRST, number, 64, None)
     rings.finish()
     consumer.join()
     assert consumer.seen == list(range(200))
-    assert calls == 1
+    assert fetched == [200 * 64]
+
+
+def test_ends_of_steps_with_a_little_each_are_moved_together_and_after_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rings, known = staged(delay_s=0, gpu=1 << 20, host=1 << 20, linger_s=0.5)
+    consumer = Consumer(rings.host)
+    fetched = count_fetches(known[FIRST], monkeypatch)
+    for number in range(50):
+        put(rings, FIRST, number, 64, known[FIRST].model)
+        rings.publish(event(number))
+    await_that(lambda: len(consumer.seen) == 100)  # nobody has asked for it
+    assert len(fetched) <= 3
+    assert consumer.seen == [each for number in range(50) for each in (number, str([number]))]
+    rings.finish()
+    consumer.join()
+    assert consumer.wrong == []
+
+
+@pytest.mark.parametrize("what", ["a good part of the ring", "an urgent end"])
+def test_some_things_are_moved_at_once(what: str) -> None:
+    rings, known = staged(delay_s=0, gpu=1 << 20, host=1 << 21, linger_s=PATIENCE_S)
+    n_bytes = 1 << 17 if "part" in what else 64
+    put(rings, FIRST, 0, n_bytes, known[FIRST].model)
+    rings.publish(Boundary(is_urgent="urgent" in what))
+    await_that(lambda: rings.devices[FIRST].n_used == 0)
+    rings.abort()
+
+
+def test_after_settling_nothing_is_under_way_on_any_device() -> None:
+    rings, known = staged(delay_s=0.02, linger_s=PATIENCE_S)
+    consumer = Consumer(rings.host)
+    for number in range(6):
+        device = (FIRST, SECOND)[number % 2]
+        put(rings, device, number, 500, known[device].model)
+    rings.settle()
+    assert [ring.n_used for ring in rings.devices.values()] == [0, 0]
+    rings.finish()
+    consumer.join()
+    assert (consumer.wrong, consumer.seen) == ([], list(range(6)))
+
+
+def test_settling_ends_where_the_mover_has_ended() -> None:
+    rings, known = staged()
+    known[FIRST].failure = RuntimeError("device lost")
+    put(rings, FIRST, 0, 500, known[FIRST].model)
+    rings.settle()
+    with pytest.raises(DrainError, match="device lost"):
+        rings.check()
 
 
 def test_memory_is_locked_once_and_unlocked_at_the_end() -> None:
@@ -214,7 +276,49 @@ def test_memory_that_cannot_be_locked_is_told() -> None:
     put(rings, FIRST, 0, 10, known[FIRST].model)
     rings.finish()
     consumer.join()
-    assert (consumer.seen, rings.is_pinned) == ([0], False)
+    assert (consumer.seen, rings.is_pinned, rings.pin_refusal) == ([0], False, "too much")
+
+
+def test_the_ring_of_what_is_spilled_is_locked_too_and_unlocked_at_the_end(
+    tmp_path: Path, late: LateStreams
+) -> None:
+    locked: list[int] = []
+
+    def pin(memory: torch.Tensor) -> Callable[[], None]:
+        locked.append(memory.data_ptr())
+        return lambda: locked.remove(memory.data_ptr())
+
+    late.pin = pin  # type: ignore[method-assign]
+    model, path = tiny_model("llama"), tmp_path / "x.strap"
+    options: dict[str, Any] = {"on_full": "spill", "spill_path": tmp_path, "quiet": True}
+    with strapfmt.capture(model, path, sites="blocks.*.resid_post", **options) as cap:
+        model(torch.arange(5, 29).reshape(2, 12))
+        rings = cap._engine.rings
+        assert rings.spill is not None
+        assert locked == [rings.host.memory.tensor.data_ptr(), rings.spill.ring.memory.tensor.data_ptr()]
+    assert locked == []
+
+
+def test_a_lock_that_is_refused_is_told_with_its_reason(tmp_path: Path, late: LateStreams) -> None:
+    def refuse(memory: torch.Tensor) -> Callable[[], None]:
+        raise RuntimeError("CUDA error 2")
+
+    late.pin = refuse  # type: ignore[method-assign]
+    model = tiny_model("llama")
+    with strapfmt.capture(model, tmp_path / "x.strap", sites="blocks.*.resid_post", quiet=True) as cap:
+        model(torch.arange(5, 29).reshape(2, 12))
+    assert any("could not be locked for the GPU (CUDA error 2)" in note for note in cap.report.notes)
+    assert not any("ulimit" in note for note in cap.report.notes)
+
+
+def test_rings_can_be_looked_at_by_other_threads_while_another_one_opens() -> None:
+    rings, _ = staged()
+    rings.of(FIRST)
+    looked_at = iter(rings.devices.values())
+    rings.of(SECOND)
+    assert len(list(looked_at)) == 1
+    assert len(rings.devices) == 2
+    rings.abort()
 
 
 def test_a_failure_of_the_device_is_raised_where_the_user_waits_and_nobody_hangs() -> None:
@@ -330,6 +434,33 @@ def test_what_a_device_gives_while_the_disk_stands_still_is_spilled_and_comes_in
     assert_same(tmp_path / "late.strap", tmp_path / "plain.strap")
 
 
+def test_nothing_is_awaited_on_the_device_while_a_pass_is_recorded(
+    tmp_path: Path, late: LateStreams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = tiny_model("llama"), tmp_path / "x.strap"
+    ids = torch.arange(5, 29).reshape(2, 12)
+    is_recording, waits = False, []
+    wait = late.wait
+
+    def noted(event: threading.Event) -> None:
+        wait(event)
+        waits.append(is_recording)
+
+    monkeypatch.setattr(late, "wait", noted)
+    options: dict[str, Any] = {"commit_interval_s": 0.01, "quiet": True}  # so that little is left to lie
+    with strapfmt.capture(model, path, sites="blocks.*.resid_post", **options) as cap:
+        for _ in range(3):
+            model(ids)
+        with cap.recording():
+            is_recording = True
+            model(ids)
+            time.sleep(0.2)
+            is_recording = False
+    assert waits
+    assert not any(waits)
+    assert cap.report.n_steps == 3
+
+
 def test_a_device_that_fails_in_a_capture_is_an_error_and_what_was_committed_stays(
     tmp_path: Path, late: LateStreams
 ) -> None:
@@ -348,3 +479,18 @@ def test_a_device_that_fails_in_a_capture_is_an_error_and_what_was_committed_sta
     with pytest.raises(DrainError, match="device lost"):
         run()
     assert strapfmt.verify(path).valid
+
+
+@pytest.mark.parametrize("n_bytes", [1, 1 << 62])
+def test_a_ring_on_a_device_that_cannot_be_made_names_the_argument_it_comes_from(n_bytes: int) -> None:
+    rings, _ = staged(gpu=n_bytes)
+    with pytest.raises(ArgumentError, match=r"^gpu_ring_bytes: expected"):
+        rings.of(FIRST)
+    assert rings.devices == {}
+
+
+def test_a_slot_that_no_ring_on_a_device_could_hold_names_the_argument() -> None:
+    rings, _ = staged()
+    with pytest.raises(ArgumentError, match="raise gpu_ring_bytes"):
+        rings.of(FIRST).reserve(1 << 20)
+    rings.abort()

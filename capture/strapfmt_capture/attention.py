@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from strapfmt.errors import CaptureError
+from strapfmt_capture.eager import is_graph_made
 from strapfmt_capture.heads import namespace
 
 __all__ = ["AttentionCall", "check_watchable", "watched"]
@@ -115,6 +116,10 @@ class AttentionCall:
         positions = self.options.get("position_ids")
         if positions is None or len(self.query) != 1 or positions.shape[-1] == 1:
             return
+        if is_graph_made():
+            raise self._refusal(
+                "whether several sequences are packed into one cannot be asked in a CUDA graph"
+            )
         if bool((positions.diff(dim=-1) < 0).any()):
             raise self._refusal("several sequences are packed into one")
 

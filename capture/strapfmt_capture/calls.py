@@ -25,7 +25,8 @@ class OpenStep:
     """A step that has begun; `whole` are the rows of a tensor that begins with the sizes of the `batch`.
 
     `chosen` are the positions at which the head computes, None if it computes all. `stored` are those of `whole` that
-    are wanted, None if nothing of the step is. `takes_all`: all rows of a whole tensor are stored.
+    are wanted, None if nothing of the step is. `takes_all`: all rows of a whole tensor are stored. `index` and
+    `cuts` are what was sent to a device for one value and serves the next ones.
     """
 
     step: Step
@@ -37,6 +38,7 @@ class OpenStep:
     takes_all: bool = False
     dropped: dict[str, int] = field(default_factory=dict)
     index: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+    cuts: dict[Any, Any] = field(default_factory=dict)
 
 
 class Counts(NamedTuple):

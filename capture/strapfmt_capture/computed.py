@@ -77,8 +77,13 @@ def ssm_state(
     torch.Tensor [n_sequences, 1, *state] or None
         A view into the cache, which the next pass changes; None without a cache.
     """
-    cache = next((each for each in (*args, *kwargs.values()) if hasattr(each, "get_recurrent_state")), None)
-    state: torch.Tensor | None = None if cache is None else cache.get_recurrent_state(module.layer_idx)
+    given = (*args, *kwargs.values())
+    cache: Any = next((each for each in given if hasattr(each, "update_recurrent_state")), None)
+    state: torch.Tensor | None = None
+    if hasattr(cache, "get_recurrent_state"):
+        state = cache.get_recurrent_state(module.layer_idx)
+    elif cache is not None:  # of transformers up to 5.17 at least
+        state = cache.layers[module.layer_idx].recurrent_states[0]
     return None if state is None else state.unsqueeze(1)
 
 

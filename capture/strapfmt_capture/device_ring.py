@@ -9,6 +9,7 @@ read, and neither stream waits for the other but through events.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -22,6 +23,7 @@ GPU_RING_BYTES = 256 << 20
 # A mark is recorded behind so many bytes, besides at the end of every step. Larger transfers gain nothing, and
 # hold up the model's own.
 _MARK_BYTES = 8 << 20
+_RECHECK_S = 1.0
 
 Item = TypeVar("Item")
 
@@ -66,8 +68,9 @@ class CudaStreams:
         self, source: torch.Tensor, target: torch.Tensor, after: Sequence[torch.cuda.Event]
     ) -> torch.cuda.Event:
         """Begin to copy in pieces, between which transfers of the model's own find their turn."""
-        end = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._side):
+        # The thread that calls this has a current device of its own, which may be another one.
+        with torch.cuda.device(self._device), torch.cuda.stream(self._side):
+            end = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             for event in after:
                 self._side.wait_event(event)
             for start in range(0, len(source), _MARK_BYTES):
@@ -90,14 +93,17 @@ class CudaStreams:
         """
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         with torch.cuda.device(self._device):
-            error = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-        if int(error) != 0:
-            raise RuntimeError(
-                f"cudaHostRegister of {memory.nbytes} bytes failed with CUDA error {int(error)}"
-            )
+            error = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+            if error != 0:
+                # CUDA keeps the error for whoever asks next, which would be the model.
+                with suppress(RuntimeError):
+                    torch.empty(1, device=self._device).fill_(0)
+        if error != 0:
+            raise RuntimeError(f"cudaHostRegister of {memory.nbytes} bytes failed with CUDA error {error}")
 
         def unpin() -> None:
-            runtime.cudaHostUnregister(memory.data_ptr())
+            with torch.cuda.device(self._device):
+                runtime.cudaHostUnregister(memory.data_ptr())
 
         return unpin
 
@@ -133,12 +139,16 @@ def streams_of(device: torch.device) -> Streams | None:
 
 @dataclass(slots=True)
 class Entry(Generic[Item]):
-    """An item in a device's ring; `number` orders the items of all rings, `mark` is set where one was recorded."""
+    """An item in a device's ring; `number` orders the items of all rings.
+
+    Without an item it says that `mark` was recorded, on `stream`, behind those before it.
+    """
 
     number: int
     item: Item | None
     slot: Slot | None
     mark: Any = None
+    stream: Any = None
 
 
 class DeviceRing(Ring[Entry[Item]]):
@@ -164,7 +174,7 @@ class DeviceRing(Ring[Entry[Item]]):
         next_number: Callable[[], int],
         mark_all: Callable[[], None],
     ) -> None:
-        super().__init__(n_bytes, device=str(device))
+        super().__init__(n_bytes, device=str(device), argument="gpu_ring_bytes")
         self.streams = streams
         self._next_number, self._mark_all = next_number, mark_all
         self._stream: Any = None
@@ -187,8 +197,18 @@ class DeviceRing(Ring[Entry[Item]]):
         """Say that everything so far may be fetched once the stream has come to here."""
         if self._n_unmarked:
             mark = None if self._stream is None else self.streams.mark(self._stream)
-            self.publish(Entry(self._next_number(), None, None, mark))
+            self.publish(Entry(self._next_number(), None, None, mark, self._stream))
             self._stream, self._n_unmarked, self._n_unmarked_bytes = None, 0, 0
+
+    @property
+    def is_worth_moving(self) -> bool:
+        """Whether there is enough in it to be moved at once."""
+        return self.n_used >= self._worthwhile_bytes
+
+    def wait_until_empty(self) -> None:
+        """Return when all that was marked has been moved, or nobody moves it any more."""
+        while self.n_used and not self.is_aborted:
+            self._space.wait(_RECHECK_S)
 
     def take_now(self) -> list[Entry[Item]]:
         """Take whatever there is, without waiting."""

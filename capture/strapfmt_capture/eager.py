@@ -1,4 +1,4 @@
-"""What PyTorch is doing while a hook runs: repeating a pass, tracing it, or just running the model."""
+"""What PyTorch does while a hook runs: it repeats a pass, traces it, puts it into a graph, or just runs the model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import torch
 import torch.utils.checkpoint
 
-__all__ = ["checkpointed_call", "has_values", "is_repetition"]
+__all__ = ["checkpointed_call", "has_values", "is_graph_made", "is_repetition"]
 
 _CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 
@@ -42,3 +42,9 @@ def has_values(x: torch.Tensor) -> bool:
         and not hasattr(x, "fake_device")
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
     )
+
+
+def is_graph_made() -> bool:
+    """Whether what runs now is not computed but put into a CUDA graph."""
+    is_used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return is_used and torch.cuda.is_current_stream_capturing()

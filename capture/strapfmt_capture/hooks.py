@@ -44,7 +44,7 @@ from strapfmt_capture.compiled import (
 )
 from strapfmt_capture.computed import is_computing
 from strapfmt_capture.drain_home import DrainHome
-from strapfmt_capture.eager import is_repetition
+from strapfmt_capture.eager import is_graph_made, is_repetition
 from strapfmt_capture.encoders import stacks_of
 from strapfmt_capture.gradients import Backward, Gradients, compiled_error
 from strapfmt_capture.heads import POSITIONS
@@ -275,6 +275,7 @@ class Hooks:
         if self._is_recording:
             raise CaptureError("a recording is under way already; end it before the next one begins")
         self.steps.settle("recording()")
+        self._rings.settle()  # what another thread waits for on the GPU would end a recording of it
         self._is_recording, self._recorded = True, []
         try:
             yield self._recorded
@@ -313,7 +314,7 @@ class Hooks:
         self._is_guarded = self._is_guarded or guard_hooks(self._handles)
         if self._is_recording:
             return
-        if _is_graph_made():
+        if is_graph_made():
             raise CompiledModelError(
                 "the captured model runs while a CUDA graph is captured, whose replays run no hooks; make the graph "
                 "inside `with cap.recording() as recorded`, and replay it inside `with recorded.replay(**inputs)`"
@@ -510,12 +511,6 @@ def _taps(
     for tap in taps:
         tap.is_plain = tap.point.is_plain and not tap.is_head and not tap.channels and not tap.gradient
     return taps
-
-
-def _is_graph_made() -> bool:
-    """Whether what runs now is not computed but put into a CUDA graph."""
-    is_used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return is_used and torch.cuda.is_current_stream_capturing()
 
 
 class _NoHooks:

@@ -1,7 +1,8 @@
 """The mover: a thread that empties the rings of the devices into that in host memory, in the order of their items.
 
 Items are numbered as they are put into any of the rings, and leave in the order of the numbers. It is the mover that
-waits for what has to be waited for: copies, and space.
+waits for what has to be waited for: copies, and space; and with a little to move for more, as each turn it takes costs
+the model's thread a little.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,18 +38,24 @@ class Mover:
     ----------
     host : Ring
         Aborted if moving fails.
+
+    Attributes
+    ----------
     rings : mapping of torch.device to DeviceRing
-        The rings of the devices; more may come.
+        The rings of the devices; exchanged for a larger one when there is another.
     """
 
-    def __init__(self, host: Ring[Item], rings: Mapping[torch.device, DeviceRing[Item]]) -> None:
-        self._host, self._rings = host, rings
+    def __init__(self, host: Ring[Item]) -> None:
+        self._host = host
+        self.rings: Mapping[torch.device, DeviceRing[Item]] = {}
         self._run_bytes = min(_RUN_BYTES, host.n_bytes // 4)
         self._numbers = itertools.count()
         self._n_numbered = 0
         self._work = Signal()
         self._thread: threading.Thread | None = None
         self._is_closed = False
+        #: Whether anything may be moved, and whether it should be at once.
+        self._is_marked = self._is_pressed = False
         self._failure: BaseException | None = None
 
     def start(self, next_sink: Callable[[], Ring[Any]]) -> None:
@@ -75,12 +83,22 @@ class Mover:
         self._n_numbered = number = next(self._numbers)
         return number
 
-    def mark(self) -> None:
-        """Let the rings be emptied up to here."""
-        for ring in self._rings.values():
+    def mark(self, *, is_urgent: bool = True) -> None:
+        """Let the rings be emptied up to here, now; else when they hold a good deal, or after a while."""
+        rings = self.rings.values()
+        for ring in rings:
             ring.mark()
-        if self._rings:
+        if is_urgent or any(ring.is_worth_moving for ring in rings):
+            self._is_pressed = True
+        if rings and (self._is_pressed or not self._is_marked):
+            self._is_marked = True
             self._work.set()
+
+    def settle(self) -> None:
+        """Return when nothing is under way on the devices; what is published meanwhile by others may be."""
+        self.mark()
+        for ring in self.rings.values():
+            ring.wait_until_empty()
 
     def check(self) -> None:
         """Raise what has stopped it, if anything has.
@@ -106,7 +124,7 @@ class Mover:
 
     def abort(self) -> None:
         """End the thread without moving any more."""
-        for ring in self._rings.values():
+        for ring in self.rings.values():
             ring.abort()
         self._is_closed = True
         self._work.set()
@@ -120,7 +138,7 @@ class Mover:
             self._failure = error
             self._host.abort()
         finally:
-            for ring in self._rings.values():
+            for ring in self.rings.values():
                 ring.abort()
 
     def _move_all(self, next_sink: Callable[[], Ring[Any]]) -> None:
@@ -129,7 +147,7 @@ class Mover:
             is_last = self._is_closed
             # Everything up to this number has been published: nothing that comes later belongs before it.
             limit = self._n_numbered
-            rings = list(self._rings.values())
+            rings = list(self.rings.values())
             for ring in rings:
                 waiting.add(ring, ring.take_now())
             for run in _runs(waiting.ready(limit), self._run_bytes):
@@ -137,16 +155,26 @@ class Mover:
                     return
             if is_last:
                 return
-            self._work.wait(_RECHECK_S)
+            self._wait_for_work()
+
+    def _wait_for_work(self) -> None:
+        if not self._is_marked:
+            self._work.wait(_RECHECK_S)  # a mark that an interrupt has kept from being told is found then
+        until = time.monotonic() + self._host.linger_s
+        while self._is_marked and not (self._is_pressed or self._is_closed):
+            if (left := until - time.monotonic()) <= 0:
+                break
+            self._work.wait(left)
+        self._is_marked = self._is_pressed = False  # before anything is taken: what comes later says so again
 
 
 @dataclass(slots=True)
 class _Marked:
-    """An entry that may be fetched, its ring, and the mark behind it."""
+    """An entry that may be fetched, its ring, and the entry that marks it."""
 
     ring: DeviceRing[Item]
     entry: Entry[Item]
-    mark: Any
+    mark: Entry[Item]
 
 
 class _Waiting:
@@ -164,7 +192,7 @@ class _Waiting:
                 unmarked.append(entry)
             else:
                 for each in unmarked:
-                    heapq.heappush(self._marked, (each.number, _Marked(ring, each, entry.mark)))
+                    heapq.heappush(self._marked, (each.number, _Marked(ring, each, entry)))
                 unmarked.clear()
 
     def ready(self, limit: int) -> Iterator[_Marked]:
@@ -183,7 +211,12 @@ class _Run:
     entries: list[Entry[Item]] = field(default_factory=list)
     start: int = 0
     stop: int = 0
-    marks: list[Any] = field(default_factory=list)  # behind what each of its slots was filled by
+    marked: list[Entry[Item]] = field(default_factory=list)  # the last of each stretch on one stream
+
+    @property
+    def marks(self) -> list[Any]:
+        """Events behind what its slots were filled by."""
+        return [entry.mark for entry in self.marked]
 
     def takes(self, marked: _Marked) -> bool:
         """Add an entry if it belongs here."""
@@ -197,8 +230,9 @@ class _Run:
             if not is_first and slot.stop - self.start > self.max_bytes:
                 return False
             self.ring = marked.ring
-            if not self.marks or self.marks[-1] is not marked.mark:
-                self.marks.append(marked.mark)
+            if self.marked and self.marked[-1].stream == marked.mark.stream:
+                self.marked.pop()
+            self.marked.append(marked.mark)
             self.start, self.stop = (slot.start if is_first else self.start), slot.stop
         self.entries.append(marked.entry)
         return True

@@ -13,7 +13,8 @@ first. A uniform site that is neither, in a pass that has tokens, is refused.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,7 @@ from strapfmt_capture.eager import has_values
 from strapfmt_capture.hookpoints import HookPoint
 from strapfmt_capture.passes import Step
 
-__all__ = ["Cut", "Layout", "Placement", "check_known", "declare"]
+__all__ = ["Cut", "Layout", "Placement", "check_known", "declare", "sent"]
 
 _Int64 = npt.NDArray[np.int64]
 
@@ -81,19 +82,27 @@ class Cut:
     sequence : int
     inside : int64 [n_tokens]
         Which of its queries.
-    keys : bool [n_keys] or None
-        Which keys; None for all.
+    keys, others : int64 [n] or None
+        Which keys, and which ones are left out; None for all, and none.
     """
 
     placed: Placement
     sequence: int
     inside: torch.Tensor
     keys: torch.Tensor | None
+    others: torch.Tensor | None
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """Return a copy `[n_tokens, heads, keys]` of `x [n_sequences, n_query, heads, n_keys]`."""
-        part = x[self.sequence].index_select(0, self.inside)
-        return part if self.keys is None else part[..., self.keys]
+        return self._at(x, self.keys)
+
+    def attends_to_others(self, x: torch.Tensor) -> torch.Tensor:
+        """Return whether anything of it is where keys are left out, bool [] on the device of `x`."""
+        return self._at(x, self.others).any()
+
+    def _at(self, x: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
+        part = x[self.sequence]
+        return (part if keys is None else part.index_select(-1, keys)).index_select(0, self.inside)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,30 +175,32 @@ class Layout:
                 return Placement(n_rows=math.prod(x.shape[:lead]), index=None)
         raise CaptureError(self._complaint(x, step))
 
-    def cuts(self, x: torch.Tensor, placed: Placement, step: Step) -> list[Cut] | None:
+    def cuts(self, x: torch.Tensor, placed: Placement, step: Step, known: dict[Any, Any]) -> list[Cut] | None:
         """Return how a ragged site is cut: each sequence's patterns without keys of padding; None: stored as it is.
 
         A key is left out if no token of its sequence attends to it at all, so that nothing is lost where a model
-        attends to padding in earnest.
+        attends to padding in earnest. The host waits for the answer, once a value.
+
+        Parameters
+        ----------
+        x : torch.Tensor
+        placed : Placement
+        step : Step
+        known : dict
+            Of this step: what other layers need as well.
         """
-        rows, keys = placed.rows, None
-        if self.spec.is_ragged and x.ndim == 4 and step.history is not None:
-            keys = step.history.real_keys(x.shape[-1])
-        if rows is None or keys is None:
+        if placed.rows is None or not self.spec.is_ragged or x.ndim != 4 or step.history is None:
             return None
-        places = np.arange(placed.n_rows) if placed.index is None else placed.index
-        cuts = []
-        for sequence, real in enumerate(keys):
-            chosen = places // step.n_query == sequence
-            if not chosen.any():
-                continue
-            inside = torch.from_numpy(places[chosen] % step.n_query).to(x.device)
-            is_real = torch.from_numpy(real).to(x.device)
-            attends = bool(x[sequence][..., ~is_real].index_select(0, inside).any())
-            of_sequence = Placement(n_rows=len(inside), index=None, rows=rows[chosen])
-            keys_of_it = None if attends else is_real
-            cuts.append(Cut(placed=of_sequence, sequence=sequence, inside=inside, keys=keys_of_it))
-        return cuts
+        key = x.device, x.shape[-1]
+        if key not in known or known[key][0] is not placed.rows:
+            known[key] = placed.rows, _cuts_of(placed, step, step.history.real_keys(x.shape[-1]), x.device)
+        cuts: list[Cut] | None = known[key][1]
+        padded = [cut for cut in cuts or () if cut.others is not None]
+        if not padded:
+            return cuts
+        attending = torch.stack([cut.attends_to_others(x) for cut in padded]).tolist()
+        kept = {cut.sequence for cut, attends in zip(padded, attending, strict=True) if attends}
+        return [replace(cut, keys=None) if cut.sequence in kept else cut for cut in cuts or ()]
 
     def _tokens(
         self, x: torch.Tensor, step: Step, chosen: _Int64 | None
@@ -322,6 +333,37 @@ def check_known(known: SiteSpec | None, spec: SiteSpec) -> None:
             f"site {spec.name!r} at {spec.hook_point}: expected what the dataset already holds: "
             f"{', '.join(differing)}; write into a dataset of its own"
         )
+
+
+def sent(index: _Int64, device: torch.device) -> torch.Tensor:
+    """Return places as a tensor on `device`, for which a GPU's stream does not wait."""
+    places = torch.from_numpy(index)
+    return places.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else places.to(device)
+
+
+def _cuts_of(
+    placed: Placement, step: Step, keys: npt.NDArray[np.bool_] | None, device: torch.device
+) -> list[Cut] | None:
+    """Cut any value of a step at its sequences; `keys` says which are tokens, None if all are."""
+    if keys is None or placed.rows is None:
+        return None
+    places = np.arange(placed.n_rows) if placed.index is None else placed.index
+    cuts = []
+    for sequence, real in enumerate(keys):
+        chosen = np.flatnonzero(places // step.n_query == sequence)
+        if not chosen.size:
+            continue
+        has_padding = not real.all()
+        cuts.append(
+            Cut(
+                placed=Placement(n_rows=len(chosen), index=None, rows=placed.rows[chosen]),
+                sequence=sequence,
+                inside=sent(places[chosen] % step.n_query, device),
+                keys=sent(np.flatnonzero(real), device) if has_padding else None,
+                others=sent(np.flatnonzero(~real), device) if has_padding else None,
+            )
+        )
+    return cuts
 
 
 def _is_heads_first(point: HookPoint, x: torch.Tensor, step: Step) -> bool:

@@ -117,8 +117,9 @@ def _notes(engine: Engine) -> list[str]:
         )
     if engine.rings.is_pinned is False:
         notes.append(
-            "the ring in host memory could not be locked for the GPU, so copies to it are slower; allow more locked "
-            "memory (ulimit -l) or lower host_ring_bytes"
+            f"the ring in host memory could not be locked for the GPU ({engine.rings.pin_refusal}), so copies to it "
+            "are slower; the driver decides: a smaller host_ring_bytes may do where memory is short, or a container's "
+            "limit low"
         )
     whole = [
         tap.point.of_value.site

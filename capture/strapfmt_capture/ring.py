@@ -57,6 +57,8 @@ class Ring(Generic[Item]):
         Whether another process is to map the memory, in which case it is populated and `fd` is its descriptor.
     linger_s : float
         For so long the consumer waits for more than a little.
+    argument : str
+        What its size is called where the user gives it, for messages.
 
     Attributes
     ----------
@@ -78,9 +80,10 @@ class Ring(Generic[Item]):
         device: str = "cpu",
         is_shared: bool = False,
         linger_s: float = LINGER_S,
+        argument: str = "host_ring_bytes",
     ) -> None:
         if n_bytes < ALIGNMENT_BYTES:
-            raise ArgumentError(f"host_ring_bytes: expected at least {ALIGNMENT_BYTES}, got {n_bytes}")
+            raise ArgumentError(f"{argument}: expected at least {ALIGNMENT_BYTES}, got {n_bytes}")
         self.stall_s, self.peak_bytes = 0.0, 0
         self.fd: int | None = None
         try:
@@ -89,8 +92,9 @@ class Ring(Generic[Item]):
         except (RuntimeError, TypeError, OSError, OverflowError) as error:  # for the machine; for 64 bits
             self._close_fd()
             raise ArgumentError(
-                f"host_ring_bytes: expected no more memory than there is, got {n_bytes}; 256 MiB usually do"
+                f"{argument}: expected no more memory than there is, got {n_bytes}; 256 MiB usually do"
             ) from error
+        self._argument = argument
         self.n_bytes, self.linger_s = self.memory.n_bytes, linger_s
         #: Views of the memory, and a copy into it, from a position; see `Memory`.
         self.view, self.array, self.copy_in = self.memory.view, self.memory.array, self.memory.copy_in
@@ -138,7 +142,7 @@ class Ring(Generic[Item]):
         needed = aligned(n_bytes)
         if needed > self.n_bytes:
             raise ArgumentError(
-                f"a slot of {n_bytes} bytes does not fit a ring of {self.n_bytes}; raise host_ring_bytes"
+                f"a slot of {n_bytes} bytes does not fit a ring of {self.n_bytes}; raise {self._argument}"
             )
         slot = self._place(needed)
         return self._wait_for_place(needed) if slot is None and not self._is_aborted else slot

@@ -44,11 +44,14 @@ class Rings:
     ----------
     host : Ring
     devices : dict of torch.device to DeviceRing
-        The rings that there are besides.
+        The rings that there are besides. Exchanged for a larger one when there is another, as other threads look at it.
     spill : Spill or None
         Where things go while the host's ring is full; set before the first is published.
     is_pinned : bool or None
-        Whether the host's ring could be locked for the GPU; None as long as there is none.
+        Whether the host's ring, and that of what is spilled, could be locked for the GPU; None as long as
+        there is none.
+    pin_refusal : str or None
+        Why not.
     """
 
     def __init__(
@@ -64,13 +67,14 @@ class Rings:
         #: That of the host, or the one of what is spilled.
         self._sink: Ring[Any] = host
         self.is_pinned: bool | None = None
+        self.pin_refusal: str | None = None
         self._gpu_ring_bytes, self._streams = gpu_ring_bytes, streams or streams_of
         self._by_device: dict[torch.device, Ring[Any]] = {}
         self._small = Gatherer()
-        self._mover = Mover(host, self.devices)
-        #: Let the rings of the devices be emptied up to here; raise what has stopped that: see `Mover`.
-        self.mark, self.check = self._mover.mark, self._mover.check
-        self._unpin: Callable[[], None] | None = None
+        self._mover = Mover(host)
+        #: Let the rings of the devices be emptied up to here, wait for it, raise what has stopped it: see `Mover`.
+        self.mark, self.settle, self.check = self._mover.mark, self._mover.settle, self._mover.check
+        self._unpin: list[Callable[[], None]] = []
 
     # The producer's side.
 
@@ -83,7 +87,7 @@ class Rings:
         else:
             first.add(item)
             if isinstance(item, StepEnd | Events | Boundary | Annotation):
-                self.mark()
+                self.mark(is_urgent=isinstance(item, Boundary) and item.is_urgent)
 
     def flush(self) -> None:
         """Hand over small values that were gathered."""
@@ -174,9 +178,8 @@ class Rings:
             return
         for ring in self.devices.values():
             ring.free()
-        if self._unpin is not None:
-            self._unpin()
-            self._unpin = None
+        while self._unpin:
+            self._unpin.pop()()
         self.host.free()
 
     # Inside.
@@ -195,7 +198,7 @@ class Rings:
         ring: DeviceRing[Item] = DeviceRing(
             self._gpu_ring_bytes, device, streams, next_number=self._mover.number, mark_all=self.mark
         )
-        self.devices[device] = ring
+        self.devices = self._mover.rings = {**self.devices, device: ring}
         self._by_device = dict(self.devices)
         self._mover.start(self._next_sink)
         return ring
@@ -207,9 +210,11 @@ class Rings:
         return self._sink
 
     def _pin(self, streams: Streams) -> None:
+        rings: list[Ring[Any]] = [self.host, *([] if self.spill is None else [self.spill.ring])]
         try:
-            self._unpin = streams.pin(self.host.memory.tensor)
-        except RuntimeError:  # the report says so; copies are slower and hold up the mover only
-            self.is_pinned = False
+            for ring in rings:
+                self._unpin.append(streams.pin(ring.memory.tensor))
+        except RuntimeError as error:  # the report says so; copies are slower and hold up the mover only
+            self.is_pinned, self.pin_refusal = False, str(error)
         else:
             self.is_pinned = True

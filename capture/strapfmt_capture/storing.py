@@ -17,7 +17,7 @@ from strapfmt_capture.calls import OpenStep
 from strapfmt_capture.disk_space import PassSizes
 from strapfmt_capture.eager import has_values
 from strapfmt_capture.gradients import Awaited
-from strapfmt_capture.placement import Cut, Layout, Placement, check_known, declare
+from strapfmt_capture.placement import Cut, Layout, Placement, check_known, declare, sent
 from strapfmt_capture.ring import Ring, Slot
 from strapfmt_capture.rings import Rings
 from strapfmt_capture.selection import Selector
@@ -125,7 +125,9 @@ class Store:
             open_step.dropped[name] = open_step.dropped.get(name, 0) + placed.n_rows
         elif placed.n_rows:
             values = x.detach() if x.requires_grad else x
-            cuts = layout.cuts(values, placed, open_step.step) if layout.spec.is_ragged else None
+            cuts = (
+                layout.cuts(values, placed, open_step.step, open_step.cuts) if layout.spec.is_ragged else None
+            )
             self._copy_cut(layout, values, placed, cuts, call, open_step)
         return call, cuts
 
@@ -278,13 +280,7 @@ def _gather(flat: torch.Tensor, index: torch.Tensor | None, part: slice, out: to
 def _index(index: npt.NDArray[np.int64], device: torch.device, open_step: OpenStep) -> torch.Tensor:
     """Return places as a tensor on `device`; those of the step's wanted tokens are moved there once."""
     if open_step.stored is None or index is not open_step.stored.index:
-        return _sent(index, device)
+        return sent(index, device)
     if device not in open_step.index:
-        open_step.index[device] = _sent(index, device)
+        open_step.index[device] = sent(index, device)
     return open_step.index[device]
-
-
-def _sent(index: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
-    """Return places as a tensor on `device`, for which a GPU's stream does not wait."""
-    places = torch.from_numpy(index)
-    return places.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else places.to(device)

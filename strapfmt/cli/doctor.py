@@ -207,7 +207,10 @@ def _advice(machine: Machine) -> Iterator[str]:
         yield f"only {limits.open_files} files may be open, one a site is needed: raise it (ulimit -Hn)"
     for number, gpu in enumerate(machine.gpus):
         if gpu.to_pinned is None:
-            yield f"no memory can be locked for GPU {number}, so copies are slower: allow it (ulimit -l unlimited)"
+            yield (
+                f"no memory can be locked for GPU {number}, so copies are slower: see whether memory is short, or the "
+                "limit of a container low"
+            )
         elif gpu.to_pinned < 4e9:
             yield (
                 f"GPU {number} reaches host memory at {gpu.to_pinned / 1e9:.1f} GB/s: check its slot (lspci -vv, width "
