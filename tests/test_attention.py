@@ -116,23 +116,37 @@ def test_recomputed_patterns_of_a_batch_without_padding_need_no_mask(cache: str,
     assert_same_patterns(*paths)
 
 
+def capture_patterns(model: Any, path: Path) -> Any:
+    return strapfmt.capture(model, path, sites="blocks.*.attn_pattern", attn_pattern="recompute", quiet=True)
+
+
 def test_packed_sequences_do_not_see_each_other(tmp_path: Path) -> None:
     paths = []
     for name in ("sdpa", "eager"):
         model = tiny_model("llama", attn_implementation=name)
         paths.append(tmp_path / f"{name}.strap")
-        with (
-            strapfmt.capture(
-                model, paths[-1], sites="blocks.*.attn_pattern", attn_pattern="recompute", quiet=True
-            ),
-            torch.no_grad(),
-        ):
+        with capture_patterns(model, paths[-1]), torch.no_grad():
             model(
                 input_ids=torch.arange(5, 20)[None],
                 position_ids=torch.tensor([[*range(7), *range(8)]]),
                 use_cache=False,
             )
     assert_same_patterns(*paths)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_patterns_of_packed_sequences_are_those_of_each_by_itself(attention: str, tmp_path: Path) -> None:
+    model = tiny_model("llama", attn_implementation=attention)
+    ids = torch.arange(5, 19).reshape(2, 7)
+    lengths = [[3, 4], [7]]  # in each row of the batch
+    with capture_patterns(model, tmp_path / "packed.strap"), torch.no_grad():
+        positions = torch.tensor([[place for n in row for place in range(n)] for row in lengths])
+        model(input_ids=ids, position_ids=positions, use_cache=False)
+    with capture_patterns(model, tmp_path / "alone.strap"), torch.no_grad():
+        for row, each in zip(ids, lengths, strict=True):
+            for part in row.split(each):
+                model(input_ids=part[None], use_cache=False)
+    assert_same_patterns(tmp_path / "packed.strap", tmp_path / "alone.strap")
 
 
 class Flash:

@@ -79,7 +79,8 @@ class Cut:
     ----------
     placed : Placement
         Its rows.
-    sequence : int
+    slot : int
+        Its place in the batch.
     inside : int64 [n_tokens]
         Which of its queries.
     keys, others : int64 [n] or None
@@ -87,7 +88,7 @@ class Cut:
     """
 
     placed: Placement
-    sequence: int
+    slot: int
     inside: torch.Tensor
     keys: torch.Tensor | None
     others: torch.Tensor | None
@@ -101,7 +102,7 @@ class Cut:
         return self._at(x, self.others).any()
 
     def _at(self, x: torch.Tensor, keys: torch.Tensor | None) -> torch.Tensor:
-        part = x[self.sequence]
+        part = x[self.slot]
         return (part if keys is None else part.index_select(-1, keys)).index_select(0, self.inside)
 
 
@@ -176,10 +177,11 @@ class Layout:
         raise CaptureError(self._complaint(x, step))
 
     def cuts(self, x: torch.Tensor, placed: Placement, step: Step, known: dict[Any, Any]) -> list[Cut] | None:
-        """Return how a ragged site is cut: each sequence's patterns without keys of padding; None: stored as it is.
+        """Return how a ragged site is cut: each sequence's patterns with its own keys only; None: stored as it is.
 
-        A key is left out if no token of its sequence attends to it at all, so that nothing is lost where a model
-        attends to padding in earnest. The host waits for the answer, once a value.
+        Others are padding, or belong to a sequence that is packed into the same row of the batch. They are left out
+        if no token of the sequence attends to any of them, so that nothing is lost where a model does so in earnest.
+        The host waits for the answer, once a value.
 
         Parameters
         ----------
@@ -193,14 +195,15 @@ class Layout:
             return None
         key = x.device, x.shape[-1]
         if key not in known or known[key][0] is not placed.rows:
-            known[key] = placed.rows, _cuts_of(placed, step, step.history.real_keys(x.shape[-1]), x.device)
+            known[key] = placed.rows, _cuts_of(placed, step, x.shape[-1], x.device)
         cuts: list[Cut] | None = known[key][1]
-        padded = [cut for cut in cuts or () if cut.others is not None]
-        if not padded:
+        shortened = [cut for cut in cuts or () if cut.others is not None]
+        if cuts is None or not shortened:
             return cuts
-        attending = torch.stack([cut.attends_to_others(x) for cut in padded]).tolist()
-        kept = {cut.sequence for cut, attends in zip(padded, attending, strict=True) if attends}
-        return [replace(cut, keys=None) if cut.sequence in kept else cut for cut in cuts or ()]
+        attending = iter(torch.stack([cut.attends_to_others(x) for cut in shortened]).tolist())
+        return [
+            replace(cut, keys=None) if cut.others is not None and next(attending) else cut for cut in cuts
+        ]
 
     def _tokens(
         self, x: torch.Tensor, step: Step, chosen: _Int64 | None
@@ -341,29 +344,47 @@ def sent(index: _Int64, device: torch.device) -> torch.Tensor:
     return places.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else places.to(device)
 
 
-def _cuts_of(
-    placed: Placement, step: Step, keys: npt.NDArray[np.bool_] | None, device: torch.device
-) -> list[Cut] | None:
-    """Cut any value of a step at its sequences; `keys` says which are tokens, None if all are."""
-    if keys is None or placed.rows is None:
+def _cuts_of(placed: Placement, step: Step, n_keys: int, device: torch.device) -> list[Cut] | None:
+    """Cut any value of a step at its sequences; None if every key is a token of each."""
+    sequences = _sequences_of(step, n_keys)
+    if sequences is None or placed.rows is None:
         return None
     places = np.arange(placed.n_rows) if placed.index is None else placed.index
     cuts = []
-    for sequence, real in enumerate(keys):
-        chosen = np.flatnonzero(places // step.n_query == sequence)
+    for first, stop, real in sequences:
+        chosen = np.flatnonzero((first <= places) & (places < stop))
         if not chosen.size:
             continue
-        has_padding = not real.all()
+        has_others = not real.all()
         cuts.append(
             Cut(
                 placed=Placement(n_rows=len(chosen), index=None, rows=placed.rows[chosen]),
-                sequence=sequence,
+                slot=first // step.n_query,
                 inside=sent(places[chosen] % step.n_query, device),
-                keys=sent(np.flatnonzero(real), device) if has_padding else None,
-                others=sent(np.flatnonzero(~real), device) if has_padding else None,
+                keys=sent(np.flatnonzero(real), device) if has_others else None,
+                others=sent(np.flatnonzero(~real), device) if has_others else None,
             )
         )
     return cuts
+
+
+def _sequences_of(step: Step, n_keys: int) -> list[tuple[int, int, npt.NDArray[np.bool_]]] | None:
+    """The sequences of a step: their first and last place in the flattened batch, and which keys are their tokens."""
+    tokens = step.tokens
+    if tokens is not None and tokens.counts is not None and len(tokens.slots) > step.n_sequences:  # packed
+        stops = np.cumsum(tokens.counts)
+        ranges = zip((stops - tokens.counts).tolist(), stops.tolist(), strict=True)
+        places = np.arange(n_keys)
+        return [
+            (first, stop, (first <= place) & (place < stop))
+            for first, stop in ranges
+            for place in [places + first // step.n_query * step.n_query]
+        ]
+    keys = None if step.history is None else step.history.real_keys(n_keys)
+    if keys is None:
+        return None
+    q = step.n_query
+    return [(slot * q, (slot + 1) * q, real) for slot, real in enumerate(keys)]
 
 
 def _is_heads_first(point: HookPoint, x: torch.Tensor, step: Step) -> bool:
