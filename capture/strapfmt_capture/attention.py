@@ -2,7 +2,8 @@
 
 Modules of Hugging Face find that function by name in a table, the `AttentionInterface` of their modelling file. While a
 module is watched, the entry in use stands for a function that first tells the watchers of the module about its call and
-then does what the entry did. Modules that nobody watches pass straight through; the model itself is not touched.
+then does what the entry did. Modules that nobody watches pass straight through. Watchers are an attribute of their
+module, as hooks are: a compiler follows that, and layers that are watched alike share what it makes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from strapfmt.errors import CaptureError
+from strapfmt_capture.compiled import original
 from strapfmt_capture.heads import namespace
 
 __all__ = ["AttentionCall", "check_watchable", "watched"]
@@ -127,6 +129,9 @@ class AttentionCall:
 
 Watcher = Callable[[AttentionCall], None]
 
+# The attribute of a watched module that lists its watchers.
+_WATCHERS = "_strapfmt_attention_watchers"
+
 
 def check_watchable(module: torch.nn.Module) -> None:
     """Refuse an attention module that does not find its function in a table.
@@ -135,7 +140,7 @@ def check_watchable(module: torch.nn.Module) -> None:
     ------
     CaptureError
     """
-    _entry(module)
+    _entry(original(module))
 
 
 @contextmanager
@@ -147,6 +152,7 @@ def watched(module: torch.nn.Module, watcher: Watcher) -> Iterator[None]:
     CaptureError
         If the module does not dispatch, or to nothing that is in the table.
     """
+    module = original(module)
     entry = _entry(module)
     with _changing:
         _entries.setdefault((id(entry.table), entry.name), entry)
@@ -163,22 +169,23 @@ class _Entry:
 
     def __init__(self, table: MutableMapping[str, Any], name: str) -> None:
         self.table, self.name = table, name
-        # By id: a copy of a model has modules of its own, which nobody watches.
-        self._watchers: dict[int, list[Watcher]] = {}
+        self._n_watchers = 0
         self._original: Callable[..., Any]
 
     def add(self, module: torch.nn.Module, watcher: Watcher) -> None:
-        if not self._watchers:
+        if not self._n_watchers:
             self._original = self.table[self.name]
             self.table[self.name] = self._call
-        self._watchers.setdefault(id(module), []).append(watcher)
+        self._n_watchers += 1
+        vars(module).setdefault(_WATCHERS, []).append(watcher)
 
     def remove(self, module: torch.nn.Module, watcher: Watcher) -> None:
-        watchers = self._watchers[id(module)]
+        watchers = vars(module)[_WATCHERS]
         watchers.remove(watcher)
         if not watchers:
-            del self._watchers[id(module)]
-        if not self._watchers:
+            del vars(module)[_WATCHERS]
+        self._n_watchers -= 1
+        if not self._n_watchers:
             self._restore()
 
     def _restore(self) -> None:
@@ -200,7 +207,7 @@ class _Entry:
         **options: Any,
     ) -> Any:
         """What stands in the table."""
-        if watchers := self._watchers.get(id(module)):
+        if watchers := getattr(module, _WATCHERS, None):
             call = AttentionCall(
                 module=module,
                 implementation=self.name,
