@@ -94,7 +94,8 @@ class AttentionCall:
             is_causal = self._is_causal and self.query.shape[2] > 1
             return self._places(self.query.shape[2] - 1, None) if is_causal else None
         if "flash" in self.implementation and (mask is None or (_is_tensor(mask) and mask.ndim == 2)):
-            self._check_is_not_packed()
+            if mask is None:
+                self._check_is_not_packed()
             places = self._places(self.key.shape[2] - 1, self.options.get("sliding_window"))
             return places if mask is None else places & mask[:, None, None, -self.key.shape[2] :].bool()
         raise self._refusal(f"{self.implementation!r} is given a mask of type {type(mask).__name__}")
@@ -113,11 +114,11 @@ class AttentionCall:
         return seen if window is None else seen & (distance.abs() < window)
 
     def _check_is_not_packed(self) -> None:
-        """Refuse sequences of one row that flash attention tells apart by their positions."""
+        """Refuse sequences of one row that flash attention tells apart by their positions, if it is given no mask."""
         positions = self.options.get("position_ids")
         if positions is None or len(self.query) != 1 or positions.shape[-1] == 1:
             return
-        if bool((positions.diff(dim=-1) < 0).any()):
+        if bool((positions.diff(dim=-1) != 1).any()):
             raise self._refusal("several sequences are packed into one")
 
     def _refusal(self, why: str) -> CaptureError:
