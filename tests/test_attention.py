@@ -212,7 +212,10 @@ def test_patterns_of_flash_attention_are_recomputed(
     assert all(mask is None or mask.ndim == 2 for mask in flash.masks)
 
 
-def test_packed_sequences_of_flash_attention_are_refused(flash: Flash, tmp_path: Path) -> None:
+@pytest.mark.parametrize("positions", [[*range(3), *range(4)], [0, *range(6)]])
+def test_packed_sequences_of_flash_attention_are_refused(
+    positions: list[int], flash: Flash, tmp_path: Path
+) -> None:
     model = tiny_model("llama")
     model.config._attn_implementation = "flash_by_hand"
     capture = strapfmt.capture(
@@ -221,7 +224,7 @@ def test_packed_sequences_of_flash_attention_are_refused(flash: Flash, tmp_path:
     with pytest.raises(CaptureError, match="several sequences are packed into one"), capture:
         model(
             input_ids=torch.arange(5, 12)[None],
-            position_ids=torch.tensor([[*range(3), *range(4)]]),
+            position_ids=torch.tensor([positions]),
             use_cache=False,
         )
 
@@ -261,6 +264,12 @@ def test_what_layers_have_in_common_of_padding_is_sent_to_a_device_once_a_pass(
     short, long = sorted(n_real)
     assert long > short  # two layers of two sequences, of which one is padded: its queries, keys and padding
     assert sorted(sent) == sorted(2 * [short, short, long - short, long])
+
+
+def test_padding_of_one_sequence_is_not_taken_for_packing(flash: Flash, tmp_path: Path) -> None:
+    inputs = {name: x[:1] for name, x in batch().items()}
+    assert not inputs["attention_mask"].all()
+    assert_same_patterns(*capture_both("llama", "flash_by_hand", tmp_path, inputs))
 
 
 def test_what_cannot_be_recomputed_is_told(tmp_path: Path) -> None:

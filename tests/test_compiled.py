@@ -568,17 +568,17 @@ def test_passes_are_paused_and_end_early_in_whole_graphs(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("family", "sites", "options", "is_whole"),
+    ("family", "sites", "options"),
     [
-        ("llama", ["blocks.0.q", "blocks.0.v", "blocks.0.z"], {}, True),
-        ("llama", ["blocks.0.q", "blocks.0.rot_q", "blocks.0.rot_k"], {}, False),
-        ("llama", "blocks.0.attn_pattern", {"attn_pattern": "recompute"}, False),
-        ("mixtral", ["blocks.0.expert_ids", "blocks.0.expert_out", "blocks.0.resid_post"], {}, False),
-        ("gpt2", ["logits.top_values", "logits.top_ids"], {"top_k_logits": 3}, True),
+        ("llama", ["blocks.0.q", "blocks.0.v", "blocks.0.z"], {}),
+        ("llama", ["blocks.0.q", "blocks.0.rot_q", "blocks.0.rot_k"], {}),
+        ("llama", "blocks.0.attn_pattern", {"attn_pattern": "recompute"}),
+        ("mixtral", ["blocks.0.expert_ids", "blocks.0.expert_out", "blocks.0.resid_post"], {}),
+        ("gpt2", ["logits.top_values", "logits.top_ids"], {"top_k_logits": 3}),
     ],
 )
 def test_what_is_computed_for_a_site_is_the_same_compiled(
-    family: str, sites: Any, options: dict[str, Any], is_whole: bool, tmp_path: Path
+    family: str, sites: Any, options: dict[str, Any], tmp_path: Path
 ) -> None:
     def run(model: Any, call: Any, path: Path) -> Reader:
         with capture(model, path, sites, **options) as cap:
@@ -589,8 +589,8 @@ def test_what_is_computed_for_a_site_is_the_same_compiled(
 
     model = tiny_model(family, num_hidden_layers=1)
     wanted = run(model, model, tmp_path / "e.strap")
-    reader = run(model, torch.compile(model, backend="eager", fullgraph=is_whole), tmp_path / "c.strap")
-    assert (n_breaks() == 0) is is_whole
+    reader = run(model, torch.compile(model, backend="eager", fullgraph=True), tmp_path / "c.strap")
+    assert n_breaks() == 0
     assert set(reader.sites) == set(wanted.sites)
     for name, site in reader.sites.items():
         assert site.rows.tolist() == wanted[name].rows.tolist()

@@ -2,7 +2,8 @@
 
 Modules of Hugging Face find that function by name in a table, the `AttentionInterface` of their modelling file. While a
 module is watched, the entry in use stands for a function that first tells the watchers of the module about its call and
-then does what the entry did. Modules that nobody watches pass straight through; the model itself is not touched.
+then does what the entry did. Modules that nobody watches pass straight through. Watchers are an attribute of their
+module, as hooks are: a compiler follows that, and layers that are watched alike share what it makes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from strapfmt.errors import CaptureError
+from strapfmt_capture.compiled import original
 from strapfmt_capture.eager import is_graph_made
 from strapfmt_capture.heads import namespace
 
@@ -93,7 +95,8 @@ class AttentionCall:
             is_causal = self._is_causal and self.query.shape[2] > 1
             return self._places(self.query.shape[2] - 1, None) if is_causal else None
         if "flash" in self.implementation and (mask is None or (_is_tensor(mask) and mask.ndim == 2)):
-            self._check_is_not_packed()
+            if mask is None:
+                self._check_is_not_packed()
             places = self._places(self.key.shape[2] - 1, self.options.get("sliding_window"))
             return places if mask is None else places & mask[:, None, None, -self.key.shape[2] :].bool()
         raise self._refusal(f"{self.implementation!r} is given a mask of type {type(mask).__name__}")
@@ -112,7 +115,7 @@ class AttentionCall:
         return seen if window is None else seen & (distance.abs() < window)
 
     def _check_is_not_packed(self) -> None:
-        """Refuse sequences of one row that flash attention tells apart by their positions."""
+        """Refuse sequences of one row that flash attention tells apart by their positions, if it is given no mask."""
         positions = self.options.get("position_ids")
         if positions is None or len(self.query) != 1 or positions.shape[-1] == 1:
             return
@@ -120,7 +123,7 @@ class AttentionCall:
             raise self._refusal(
                 "whether several sequences are packed into one cannot be asked in a CUDA graph"
             )
-        if bool((positions.diff(dim=-1) < 0).any()):
+        if bool((positions.diff(dim=-1) != 1).any()):
             raise self._refusal("several sequences are packed into one")
 
     def _refusal(self, why: str) -> CaptureError:
@@ -132,6 +135,9 @@ class AttentionCall:
 
 Watcher = Callable[[AttentionCall], None]
 
+# The attribute of a watched module that lists its watchers.
+_WATCHERS = "_strapfmt_attention_watchers"
+
 
 def check_watchable(module: torch.nn.Module) -> None:
     """Refuse an attention module that does not find its function in a table.
@@ -140,7 +146,7 @@ def check_watchable(module: torch.nn.Module) -> None:
     ------
     CaptureError
     """
-    _entry(module)
+    _entry(original(module))
 
 
 @contextmanager
@@ -152,6 +158,7 @@ def watched(module: torch.nn.Module, watcher: Watcher) -> Iterator[None]:
     CaptureError
         If the module does not dispatch, or to nothing that is in the table.
     """
+    module = original(module)
     entry = _entry(module)
     with _changing:
         _entries.setdefault((id(entry.table), entry.name), entry)
@@ -168,22 +175,23 @@ class _Entry:
 
     def __init__(self, table: MutableMapping[str, Any], name: str) -> None:
         self.table, self.name = table, name
-        # By id: a copy of a model has modules of its own, which nobody watches.
-        self._watchers: dict[int, list[Watcher]] = {}
+        self._n_watchers = 0
         self._original: Callable[..., Any]
 
     def add(self, module: torch.nn.Module, watcher: Watcher) -> None:
-        if not self._watchers:
+        if not self._n_watchers:
             self._original = self.table[self.name]
             self.table[self.name] = self._call
-        self._watchers.setdefault(id(module), []).append(watcher)
+        self._n_watchers += 1
+        vars(module).setdefault(_WATCHERS, []).append(watcher)
 
     def remove(self, module: torch.nn.Module, watcher: Watcher) -> None:
-        watchers = self._watchers[id(module)]
+        watchers = vars(module)[_WATCHERS]
         watchers.remove(watcher)
         if not watchers:
-            del self._watchers[id(module)]
-        if not self._watchers:
+            del vars(module)[_WATCHERS]
+        self._n_watchers -= 1
+        if not self._n_watchers:
             self._restore()
 
     def _restore(self) -> None:
@@ -205,7 +213,7 @@ class _Entry:
         **options: Any,
     ) -> Any:
         """What stands in the table."""
-        if watchers := self._watchers.get(id(module)):
+        if watchers := getattr(module, _WATCHERS, None):
             call = AttentionCall(
                 module=module,
                 implementation=self.name,

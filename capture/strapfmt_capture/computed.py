@@ -17,13 +17,20 @@ Computation: TypeAlias = Callable[
     [Any, torch.nn.Module, tuple[Any, ...], Mapping[str, Any]], torch.Tensor | None
 ]
 
-#: The threads that are inside a computation.
-_computing: set[int] = set()
+
+class _Thread(threading.local):
+    """What a thread is doing, in a form that a compiler follows."""
+
+    def __init__(self) -> None:
+        self.is_computing = False
+
+
+_thread = _Thread()
 
 
 def is_computing() -> bool:
     """Whether this thread is inside a computation, whose calls of modules are no calls of the model's."""
-    return bool(_computing) and threading.get_ident() in _computing
+    return _thread.is_computing
 
 
 def expert_out(
@@ -56,13 +63,12 @@ def expert_out(
     is_plain = getattr(config, "_experts_implementation", "eager") == "eager"
     repeated = hidden.repeat(k, 1) if is_plain else hidden.repeat_interleave(k, dim=0)
     index = (index.T if is_plain else index).reshape(-1, 1)
-    thread = threading.get_ident()
     try:  # an interrupt may come behind any call
-        _computing.add(thread)
+        _thread.is_computing = True
         with torch.no_grad():
             out: torch.Tensor = module.forward(repeated, index, weights.new_ones(n * k, 1))
     finally:
-        _computing.discard(thread)
+        _thread.is_computing = False
     d_model = out.shape[-1]
     return out.reshape(k, n, d_model).transpose(0, 1) if is_plain else out.reshape(n, k, d_model)
 

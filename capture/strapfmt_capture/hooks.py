@@ -30,7 +30,7 @@ import torch
 
 from strapfmt.errors import CaptureError, CompiledModelError
 from strapfmt.schema import SiteSpec
-from strapfmt_capture.attention import watched
+from strapfmt_capture.attention import AttentionCall, watched
 from strapfmt_capture.calls import OpenStep
 from strapfmt_capture.channels import Channels
 from strapfmt_capture.compiled import (
@@ -181,11 +181,12 @@ class Hooks:
                     continue
                 module = model.get_submodule(tap.point.module_path)
                 if tap.point.attention_path is not None:
-                    around = model.get_submodule(tap.point.attention_path)
+                    # Not its compiled wrapper, outside of which the site's module would not know it again.
+                    around = original(model.get_submodule(tap.point.attention_path))
                     note = around.register_forward_pre_hook(partial(self.on_attention, tap), with_kwargs=True)
                     handles.callback(note.remove)
                 if tap.point.where == "attention":
-                    handles.enter_context(watched(module, partial(self._reach, tap, module, (), _NO_KWARGS)))
+                    handles.enter_context(watched(module, partial(self.on_dispatch, tap)))
                     continue
                 if tap.point.where == "in":
                     handle = module.register_forward_pre_hook(partial(self.on_input, tap), with_kwargs=True)
@@ -266,6 +267,11 @@ class Hooks:
     ) -> None:
         """Run after a module of whose call a site is computed."""
         self._reach(tap, module, args, kwargs, output)
+
+    @inlined
+    def on_dispatch(self, tap: Tap, call: AttentionCall) -> None:
+        """Run before the attention function whose call a site is computed from."""
+        self._reach(tap, call.module, (), _NO_KWARGS, call)
 
     # CUDA graphs.
 
@@ -384,7 +390,7 @@ class Hooks:
         self, tap: Tap, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Run before an attention module whose positions a site in it needs."""
-        if not self._is_over:
+        if not self._is_over and not self.steps.is_paused:
             tap.attention = module, {name: kwargs[name] for name in POSITIONS if name in kwargs}
 
     # Sites.
@@ -395,9 +401,15 @@ class Hooks:
     ) -> None:
         if self._is_over or self.steps.is_paused:
             return
-        if torch.compiler.is_compiling() and self._may_stage and not tap.cuts_graph:
+        if torch.compiler.is_compiling() and self._may_stage:
+            if is_computing():
+                return
+            attention = tap.attention
+            if attention is not None:
+                tap.attention = None
+            x = tap.point.read(args, kwargs, output, module, attention)
             # A copy, which the model cannot change any more; the compiler makes none where it could not.
-            tap.staged = (*tap.staged, tap.point.read(args, kwargs, output, module).detach().clone())
+            tap.staged = (*tap.staged, x.detach().clone())
         else:
             self._fire(tap, module, args, kwargs, output)
 
@@ -524,4 +536,4 @@ class _NoHooks:
     def enter(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing."""
 
-    leave = on_input = _gathers = on_output = on_call = on_attention = _reach = enter
+    leave = on_input = _gathers = on_output = on_call = on_dispatch = on_attention = _reach = enter

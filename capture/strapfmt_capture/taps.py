@@ -13,7 +13,6 @@ import torch
 
 from strapfmt.schema import SiteSpec
 from strapfmt_capture.channels import Channels
-from strapfmt_capture.computed import expert_out
 from strapfmt_capture.gradients import Gradients
 from strapfmt_capture.hookpoints import HookPoint
 from strapfmt_capture.passes import Step
@@ -81,12 +80,6 @@ class Tap:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         # A hooked model that is stored leaves them behind.
         return type(None), ()
-
-    @property
-    def cuts_graph(self) -> bool:
-        """Whether what is computed for it is no code for a compiler."""
-        point = self.point
-        return point.compute is expert_out or point.rotary is not None or point.where == "attention"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
