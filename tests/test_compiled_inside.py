@@ -74,8 +74,14 @@ def assert_same_bits(found: dict[str, torch.Tensor], wanted: dict[str, torch.Ten
     assert all(len(x) and torch.equal(x, wanted[name]) for name, x in found.items())
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize(("family", "sites", "options", "overrides"), INSIDE)
+@pytest.mark.parametrize(
+    ("family", "sites", "options", "overrides", "backend"),
+    [
+        pytest.param(*case, backend, marks=pytest.mark.slow if number and backend == "aot_eager" else ())
+        for number, case in enumerate(INSIDE)
+        for backend in ("eager", "aot_eager")
+    ],
+)
 def test_a_prompt_and_decoding_take_as_many_graphs_as_without_and_give_the_same_bits(
     family: str,
     sites: list[str],

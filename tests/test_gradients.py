@@ -745,7 +745,9 @@ def test_a_model_that_was_compiled_beside_it_is_itself_not_compiled(tmp_path: Pa
     assert isinstance(compiled, torch.nn.Module)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning"
+)
 @pytest.mark.parametrize("part", ["wrapper", "model", "around"])
 def test_models_that_are_found_compiled_in_a_pass_say_that_they_have_no_gradients(
     tmp_path: Path, part: str
@@ -762,3 +764,16 @@ def test_models_that_are_found_compiled_in_a_pass_say_that_they_have_no_gradient
 
     with pytest.raises(CompiledModelError, match=NO_GRADIENTS):
         body()
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning"
+)
+@pytest.mark.parametrize("part", ["layer", "wrapped layer"])
+def test_layers_that_are_compiled_inside_the_block_have_their_gradients(tmp_path: Path, part: str) -> None:
+    model, reference = tiny_model("llama"), tiny_model("llama")
+    with watched(resid_places(reference)) as seen:
+        loss_of(reference).backward()
+    with strapfmt.capture(model, tmp_path / "x.strap", sites=RESID, backward=True, quiet=True):
+        loss_of(compile_part(model, part)).backward()
+    assert_stored(tmp_path / "x.strap", gradients(seen))

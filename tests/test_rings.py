@@ -428,6 +428,8 @@ def test_what_a_device_gives_while_the_disk_stands_still_is_spilled_and_comes_in
         run(prompts[9:])  # straight to the host's ring again, or spilled once more
     assert late.n_fetched > 0
     assert (cap.report.n_dropped, list(spill.iterdir())) == (0, [])
+    assert 0 < cap.stats.n_spilled_steps < cap.report.n_steps
+    assert f"{cap.stats.n_spilled_steps} steps went through spill_path" in cap.report.notes
     monkeypatch.undo()
     with capture(tmp_path / "plain.strap"):
         run(prompts)

@@ -47,7 +47,6 @@ class Counts(NamedTuple):
     n_steps: int = 0
     n_tokens: int = 0
     n_dropped_steps: int = 0
-    n_spilled_steps: int = 0
     n_abandoned_steps: int = 0
 
 
@@ -55,9 +54,9 @@ class Counts(NamedTuple):
 class Call:
     """A call under way: its own frame, that of the language model in it, what that is given and has returned.
 
-    `kept` is what the head is told to compute, `whole_kept` what the outermost call was told. `is_full`: the ring had
-    no space for its values when its step began; `is_spilled`: they went elsewhere. `counts` are those that include the
-    step; `is_started` says that its beginning was handed over, `end` what is to be said of its end.
+    `kept` is what the head is told to compute, `whole_kept` what the outermost call was told. `is_full`: its step is
+    dropped, as the ring has no space for it. `counts` are those that include the step; `is_started` says that its
+    beginning was handed over, `end` what is to be said of its end.
     """
 
     frame: FrameType
@@ -71,7 +70,6 @@ class Call:
     started_s: float
     output: Any = None
     is_full: bool = False
-    is_spilled: bool = False
     # What has been said of its step: where an interrupt cuts that off, the same is said again.
     counts: Counts | None = None
     is_started: bool = False

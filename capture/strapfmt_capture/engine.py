@@ -258,7 +258,7 @@ class Engine:
         if spill is None:
             return {}
         return {
-            "n_spilled_steps": self.hooks.steps.counts.n_spilled_steps,
+            "n_spilled_steps": spill.n_steps,
             "n_spilled_bytes": spill.file.end,
             "n_spills_refused": spill.n_refused,
         }

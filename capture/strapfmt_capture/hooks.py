@@ -128,7 +128,7 @@ class Hooks:
         self._is_recording = False
         # What compiled code gave to language models in it, and whether any has run.
         self._inner_tokens: tuple[torch.Tensor, ...] = ()
-        self._was_compiled = False
+        self._has_staged = self._was_compiled = False
         self._two_streams: set[torch.nn.Module] = set()
         self._handles, self._is_guarded = ExitStack(), False
         # A model that runs parts of itself in several threads fires sites in all of them.
@@ -357,10 +357,15 @@ class Hooks:
     @untraced
     def _take_staged(self) -> None:
         """Take what compiled code has returned; with it the step has begun that it belongs to."""
+        if not self._has_staged:
+            return
         tokens, self._inner_tokens = (() if self._is_recording else self._inner_tokens), ()
         staged = [(tap, tap.staged) for tap in self.taps if tap.staged]
         for tap, _ in staged:
             tap.staged = ()
+        self._has_staged = False  # behind that, as an interrupt may leave some
+        if any(tap.gradient is not None for tap, _ in staged):
+            raise compiled_error()
         for given in tokens:
             self.steps.check_inside(given)
         for tap, values in staged:
@@ -379,7 +384,7 @@ class Hooks:
             and tokens.ndim
             and (embeddings is not None or not tokens.is_floating_point())
         ):
-            self._inner_tokens = (*self._inner_tokens, tokens)
+            self._inner_tokens, self._has_staged = (*self._inner_tokens, tokens), True
 
     def _forget(self) -> None:
         if self._was_compiled:
@@ -409,7 +414,7 @@ class Hooks:
                 tap.attention = None
             x = tap.point.read(args, kwargs, output, module, attention)
             # A copy, which the model cannot change any more; the compiler makes none where it could not.
-            tap.staged = (*tap.staged, x.detach().clone())
+            tap.staged, self._has_staged = (*tap.staged, x.detach().clone()), True
         else:
             self._fire(tap, module, args, kwargs, output)
 

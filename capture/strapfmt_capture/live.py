@@ -112,7 +112,7 @@ def stats_of(hooks: Hooks, drain: DrainHome, rings: Rings, state: str) -> Captur
         fill=rings.fill,
         peak_fill=rings.peak_fill,
         stall_s=rings.stall_s,
-        n_spilled_steps=hooks.steps.counts.n_spilled_steps,
+        n_spilled_steps=0 if spill is None else spill.n_steps,
         n_spilled_bytes=0 if spill is None else spill.file.end,
         n_spill_pending_bytes=drain.n_spill_pending_bytes,
         n_spills_refused=0 if spill is None else spill.n_refused,

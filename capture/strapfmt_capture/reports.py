@@ -141,8 +141,8 @@ def _notes(engine: Engine) -> list[str]:
         )
     if engine.hooks.is_at_limit:
         notes.append("max_rows was reached: what the model has run since then has no values")
-    if spilled := engine.hooks.steps.counts.n_spilled_steps:
-        notes.append(f"{spilled} steps went through spill_path")
+    if engine.drain.spill is not None and (n_spilled := engine.drain.spill.n_steps):
+        notes.append(f"{n_spilled} steps went through spill_path")
     if engine.drain.space.note is not None:
         notes.append(engine.drain.space.note)
     if engine.tokenizer is not None and engine.tokenizer.note is not None:

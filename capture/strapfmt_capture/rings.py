@@ -116,15 +116,13 @@ class Rings:
         """Copy a contiguous tensor in host memory, for which `has_room` has made room."""
         self._small.add(spec, x, n_bytes)
 
-    def divert(self, is_full: bool) -> bool:
-        """Let what comes next be spilled, if the host's ring is full, or go there again; return which.
+    def divert(self, is_full: bool) -> None:
+        """Let what comes next be spilled, if the host's ring is full and there is a place for it, or go there again.
 
         Values on a GPU are spilled by the mover, when it finds the host's ring full.
         """
-        if self.spill is None or self.devices:
-            return False
-        self._divert(self.spill, is_full)
-        return is_full
+        if self.spill is not None and not self.devices:
+            self._divert(self.spill, is_full)
 
     def _divert(self, spill: Spill, is_full: bool) -> None:
         if is_full:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from strapfmt.errors import ArgumentError
-from strapfmt_capture.items import Item, Spilled
+from strapfmt_capture.items import Item, Spilled, StepStart
 from strapfmt_capture.memory import Memory, aligned
 from strapfmt_capture.messages import ItemReader, encode_items
 from strapfmt_capture.ring import Ring
@@ -114,6 +114,8 @@ class Spill:
     ring : Ring
         For the items and values of steps that are spilled.
     file : SpillFile
+    n_steps : int
+        Steps that have begun while the main ring was full, as far as the thread has come.
     n_refused : int
         How often the directory was full.
     """
@@ -127,7 +129,8 @@ class Spill:
         except OSError as error:
             raise ArgumentError(f"spill_path: no file can be made in {str(directory)!r}: {error}") from error
         self.ring: Ring[Item | threading.Event] = Ring(main.n_bytes, linger_s=main.linger_s)
-        self.n_refused = 0
+        self.n_steps = self.n_refused = 0
+        self._last_step = -1
         self._main, self._on_failure = main, on_failure
         self._last: Spilled | None = None
         self._thread = threading.Thread(target=self._run, name="strapfmt-spill", daemon=True)
@@ -167,11 +170,19 @@ class Spill:
                         item.set()
                     else:
                         some.append(item)
+                        self._count(item)
                 self._move(some)
                 self.ring.release(position)
         except BaseException as error:  # noqa: BLE001 - raised where the user waits
             self.ring.abort()
             self._on_failure(error)
+
+    def _count(self, item: Item) -> None:
+        if (
+            isinstance(item, StepStart) and item.step.step != self._last_step
+        ):  # an interrupt lets it be said again
+            self._last_step = item.step.step
+            self.n_steps += 1
 
     def _move(self, items: Sequence[Item]) -> None:
         if not items:

@@ -345,7 +345,7 @@ class Steps:
                 f"the ring is full ({self._rings.fill:.0%} of {self._rings.most_bytes} bytes wait to be written) and "
                 'on_full="raise"; use "block", "drop" or "spill", a larger host_ring_bytes, fewer sites, a faster disk'
             )
-        call.is_spilled = self._rings.divert(is_full)
+        self._rings.divert(is_full)
         call.is_full = is_full and self._on_full == "drop"
         # One that an interrupt has cut off here before is described already.
         step = self._tracker.under_way or self._tracker.begin(call.module, call.inputs)
@@ -385,7 +385,6 @@ class Steps:
                 n_steps=counts.n_steps + 1,
                 n_tokens=counts.n_tokens + len(step.rows),
                 n_dropped_steps=counts.n_dropped_steps + open_step.is_dropped,
-                n_spilled_steps=counts.n_spilled_steps + call.is_spilled,
                 n_abandoned_steps=counts.n_abandoned_steps,
             )
         self.counts = call.counts
