@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import strapfmt
 from strapfmt.errors import ArgumentError, CaptureError
 from strapfmt.reader import Reader
-from strapfmt_capture import placement
+from strapfmt_capture import cuts
 from strapfmt_capture.attention import _entries, watched
 from strapfmt_capture.sites import resolve
 
@@ -249,13 +249,13 @@ def test_what_layers_have_in_common_of_padding_is_sent_to_a_device_once_a_pass(
 ) -> None:
     model = tiny_model("llama", attn_implementation="eager")
     sent: list[int] = []
-    send = placement.sent
+    send = cuts.sent
 
     def noted(index: Any, device: torch.device) -> torch.Tensor:
         sent.append(len(index))
         return send(index, device)
 
-    monkeypatch.setattr(placement, "sent", noted)
+    monkeypatch.setattr(cuts, "sent", noted)
     inputs = batch(texts=["the cat sat", "abcdefgh"])
     n_real = inputs["attention_mask"].sum(1).tolist()
     with strapfmt.capture(model, tmp_path / "x.strap", sites="**.attn_pattern", quiet=True):

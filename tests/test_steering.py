@@ -38,7 +38,7 @@ from strapfmt.errors import (
     SiteNeverFiredError,
 )
 from strapfmt.manifest import Manifest
-from strapfmt_capture.disk_space import DiskSpace
+from strapfmt_capture.disk_space import DiskSpace, PassSize
 
 SITE = "blocks.0.resid_post"
 PROMPT = torch.arange(3, 9)[None]
@@ -867,12 +867,12 @@ def test_a_file_system_that_does_not_say_is_not_asked(
     space = DiskSpace(tmp_path, 1 << 60, 1)
     space.look(n_bytes=0, n_rows=0, n_sites=0)
     with pytest.raises(DiskSpaceError):
-        space.check(0)
+        space.check(0, PassSize())
     nothing_known = os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda path: nothing_known)
     space = DiskSpace(tmp_path, 1 << 60, 1)
     space.look(n_bytes=0, n_rows=0, n_sites=0)
-    space.check(1 << 50, n_pass_bytes=1 << 50, n_tokens=1 << 50)
+    space.check(1 << 50, PassSize(n_bytes=1 << 50, n_tokens=1 << 50))
 
 
 @pytest.mark.parametrize("wrong", [-1, 1.5, "1 GiB", True])

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import os
 from copy import copy
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from strapfmt import spec
 from strapfmt.errors import DiskSpaceError
-from strapfmt.schema import SiteSpec
 from strapfmt.text import shown_path
 
-__all__ = ["DiskSpace", "PassSizes"]
+__all__ = ["DiskSpace", "PassSize"]
 
 # Of `tokens`, and of row ids and statistics, for each row of a site: more than they take.
 _BESIDE_BYTES = 128
 _FIRST_FACTOR = 2.0
+
+
+class PassSize(NamedTuple):
+    """What a pass will store, as far as that is known: bytes of values, and tokens, with values or without."""
+
+    n_bytes: int = 0
+    n_tokens: int = 0
 
 
 class DiskSpace:
@@ -87,24 +92,22 @@ class DiskSpace:
         """Take note of the bytes that a pass has put into the ring."""
         self._pass_bytes = max(self._pass_bytes, n_bytes)
 
-    def check(self, n_waiting_bytes: int, *, n_pass_bytes: int = 0, n_tokens: int = 0) -> None:
+    def check(self, n_waiting_bytes: int, size: PassSize) -> None:
         """Raise if another pass might not fit behind the bytes that wait in the ring; from then on always.
 
         Parameters
         ----------
         n_waiting_bytes : int
-        n_pass_bytes : int
-            Values of this pass, as far as that is known; that it is as large as the largest so far is assumed anyhow.
-        n_tokens : int
-            Tokens of this pass, which are stored whether or not values of them are.
+        size : PassSize
+            Of this pass; that it is as large as the largest so far is assumed anyhow.
 
         Raises
         ------
         DiskSpaceError
         """
         least, free = self._min_free_bytes, self._free_bytes
-        n_pass_bytes = max(self._pass_bytes or n_waiting_bytes, n_pass_bytes)
-        of_pass = max(int(n_pass_bytes * self._factor), n_tokens * _BESIDE_BYTES)
+        n_pass_bytes = max(self._pass_bytes or n_waiting_bytes, size.n_bytes)
+        of_pass = max(int(n_pass_bytes * self._factor), size.n_tokens * _BESIDE_BYTES)
         to_come = int(n_waiting_bytes * self._factor) + of_pass
         # A commit writes each buffer as a tail, while the tail before it is still there for readers.
         needed = to_come + 2 * min(self._whole_bytes + to_come, self._most_buffered_bytes)
@@ -114,64 +117,3 @@ class DiskSpace:
             )
         if self._failure is not None:
             raise copy(self._failure)  # without the frames that the one before has gathered
-
-
-class PassSizes:
-    """Says before a pass what it will store: of its rows, their number is known, and of sites that have fired, a row.
-
-    What it cannot say it leaves out: sites that have not fired, so the whole first pass, and sites that number their
-    own rows.
-    """
-
-    def __init__(self) -> None:
-        self._known: set[str] = set()
-        self._rows = {False: _RowBytes(), True: _RowBytes()}
-
-    def add(self, site: SiteSpec, *, is_head: bool, is_last: bool, in_encoder: bool) -> None:
-        """Take note of a site: `is_head` if it may have rows of some positions only, `is_last` if of the last only."""
-        if site.row_space != "tokens" or site.name in self._known:
-            return
-        self._known.add(site.name)
-        row = self._rows[in_encoder]
-        n_bytes = math.prod(size for size in site.shape if size >= 0) * site.stored_dtype.item_bytes
-        if site.is_ragged:
-            row.of_key += n_bytes
-        elif is_last:
-            row.of_last += n_bytes
-        elif is_head:
-            row.of_head += n_bytes
-        else:
-            row.of_token += n_bytes
-
-    def n_bytes(
-        self, *, in_encoder: bool, n_rows: int, n_head_rows: int, n_last_rows: int, n_keys: int
-    ) -> int:
-        """Return the bytes of values of a pass.
-
-        Parameters
-        ----------
-        in_encoder : bool
-            Whether it is one of the encoder of an encoder-decoder model.
-        n_rows, n_head_rows, n_last_rows : int
-            Tokens of which values are stored, and of these those that the head computes, and the last of each sequence;
-            at most.
-        n_keys : int
-            Keys that a token of it attends to, at most.
-        """
-        row = self._rows[in_encoder]
-        of_rows = n_rows * (row.of_token + n_keys * row.of_key)
-        return of_rows + n_head_rows * row.of_head + n_last_rows * row.of_last
-
-
-@dataclass(slots=True)
-class _RowBytes:
-    """Bytes of a row at all sites together.
-
-    Those of every token, of the tokens that the head computes, of the last one of each sequence, and for each key that
-    a token attends to.
-    """
-
-    of_token: int = 0
-    of_head: int = 0
-    of_last: int = 0
-    of_key: int = 0

@@ -21,9 +21,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from strapfmt.errors import ArgumentError, CaptureError, CompiledModelError
 from strapfmt_capture.calls import OpenStep
+from strapfmt_capture.cuts import Cut
 from strapfmt_capture.eager import checkpointed_call, is_repetition
 from strapfmt_capture.hookpoints import GRADIENT_SUFFIX, HookPoint
-from strapfmt_capture.placement import Cut, Layout, Placement
+from strapfmt_capture.placement import Layout, Placement
 
 __all__ = ["Awaited", "Backward", "Gradients", "compiled_error", "with_gradients", "without_gradient"]
 

@@ -27,12 +27,12 @@ import torch
 from strapfmt.errors import CaptureError, CompiledModelError, DiskSpaceError, RingFullError
 from strapfmt_capture.calls import Call, Counts, OpenStep, call_of, is_on_stack, kept_of, positions_of
 from strapfmt_capture.compiled import resumed
-from strapfmt_capture.disk_space import PassSizes
 from strapfmt_capture.drain_home import DrainHome
 from strapfmt_capture.dropped import INTERRUPTED, RING_FULL
 from strapfmt_capture.eager import is_repetition
 from strapfmt_capture.inputs import named_arguments, read_inputs
 from strapfmt_capture.items import Boundary, Events, StepEnd, StepStart
+from strapfmt_capture.pass_sizes import PassSizes
 from strapfmt_capture.passes import Step
 from strapfmt_capture.placement import Placement
 from strapfmt_capture.rings import FULL_SHARE, Rings
@@ -311,33 +311,17 @@ class Steps:
         was_short = space.is_short
         try:
             n_waiting_bytes = self._rings.n_used + self._drain.n_spill_pending_bytes
-            space.check(n_waiting_bytes, **self._sizes_of(call, n_rows))
+            in_encoder = self._tracker.is_encoder(call.module)
+            space.check(n_waiting_bytes, self._sizes.of(call, n_rows, in_encoder=in_encoder))
         except DiskSpaceError:
             if not was_short and not self._tracker.keys.is_in_block:  # else its end is what can be committed
                 self._rings.publish(Boundary(is_urgent=True))
             raise
 
-    def _sizes_of(self, call: Call, n_rows: int | None) -> dict[str, int]:
-        """What a pass will store, as far as that is known."""
-        inputs = call.inputs
-        if inputs is None:
-            return {}
-        n, q = inputs.n_sequences, inputs.n_query
-        n_rows, chosen = n * q if n_rows is None else n_rows, positions_of(call.kept, q)
-        n_pass_bytes = self._sizes.n_bytes(
-            in_encoder=self._tracker.is_encoder(call.module),
-            n_rows=n_rows,
-            n_head_rows=min(n_rows, n * (q if chosen is None else len(chosen))),
-            n_last_rows=min(n_rows, n),
-            n_keys=(inputs.past or 0) + q,
-        )
-        return {"n_pass_bytes": n_pass_bytes, "n_tokens": n * q}
-
     def _begin(self, call: Call) -> OpenStep:
         self._drain.check()
-        self._check_space(
-            call, 0 if self._selector else None
-        )  # what that chooses is known when the step has begun
+        # What a selector chooses is known when the step has begun.
+        self._check_space(call, 0 if self._selector else None)
         self._rings.check()
         is_full = self._on_full != "block" and self._rings.fill > FULL_SHARE
         if is_full and self._on_full == "raise":
@@ -370,14 +354,10 @@ class Steps:
         """Say that a step has begun; where an interrupt cuts this off, its end says so."""
         step, stored, counts = open_step.step, open_step.stored, self.counts
         if call.counts is None:
-            open_step.is_dropped = call.is_full and stored is not None
-            if (
-                open_step.is_dropped
-                and stored is not None
-                and stored.rows is not None
-                and step.tokens is not None
-            ):
-                step.tokens.dropped = np.isin(step.rows, stored.rows)
+            if call.is_full and stored is not None:
+                open_step.is_dropped = True
+                if stored.rows is not None and step.tokens is not None:
+                    step.tokens.dropped = np.isin(step.rows, stored.rows)
             whole = open_step.whole
             is_all = stored is whole and whole.index is None and whole.n_rows > 0
             open_step.takes_all = is_all and not open_step.is_dropped

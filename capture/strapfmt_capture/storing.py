@@ -14,10 +14,11 @@ import torch
 from strapfmt.errors import CaptureError
 from strapfmt.schema import SiteSpec
 from strapfmt_capture.calls import OpenStep
-from strapfmt_capture.disk_space import PassSizes
+from strapfmt_capture.cuts import Cut, cuts_of, sent
 from strapfmt_capture.eager import has_values
 from strapfmt_capture.gradients import Awaited
-from strapfmt_capture.placement import Cut, Layout, Placement, check_known, declare, sent
+from strapfmt_capture.pass_sizes import PassSizes
+from strapfmt_capture.placement import Layout, Placement, check_known, declare
 from strapfmt_capture.ring import Ring, Slot
 from strapfmt_capture.rings import Rings
 from strapfmt_capture.selection import Selector
@@ -125,9 +126,7 @@ class Store:
             open_step.dropped[name] = open_step.dropped.get(name, 0) + placed.n_rows
         elif placed.n_rows:
             values = x.detach() if x.requires_grad else x
-            cuts = (
-                layout.cuts(values, placed, open_step.step, open_step.cuts) if layout.spec.is_ragged else None
-            )
+            cuts = cuts_of(values, placed, open_step.step, open_step.cuts) if layout.spec.is_ragged else None
             self._copy_cut(layout, values, placed, cuts, call, open_step)
         return call, cuts
 
