@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from interrupts import interrupt_at
+from interrupts import Interrupted, interrupt_at
 from models import tiny_model
 from transformers import DynamicCache, PreTrainedModel
 
@@ -27,41 +29,46 @@ class Script:
         self.n_tokens = 0
         self.positions: dict[int, int] = {}
 
-    def ids(self, n: int) -> torch.Tensor:
+    def run(self, cache: DynamicCache, n_sequences: int, n_query: int) -> None:
+        n = n_sequences * n_query
+        ids = torch.arange(self.n_tokens, self.n_tokens + n).reshape(n_sequences, n_query)
         self.n_tokens += n
         assert self.n_tokens <= self.model.config.vocab_size
-        return torch.arange(self.n_tokens - n, self.n_tokens)[None]
-
-    def run(self, cache: DynamicCache, n: int) -> None:
-        ids = self.ids(n)
         past = cache.get_seq_length()
-        self.positions |= {token: past + place for place, token in enumerate(ids[0].tolist())}
+        self.positions |= {token: past + place for row in ids.tolist() for place, token in enumerate(row)}
         with torch.no_grad():
             self.model(ids, past_key_values=cache)
 
+    def cache(self, kind: str) -> DynamicCache:
+        """A cache of two sequences, but for a new one, which is empty."""
+        cache = DynamicCache(config=self.model.config)
+        if kind != "new":
+            self.run(cache, 2, 3)
+        if kind == "copied":
+            return copy.deepcopy(cache)
+        if kind == "reordered":
+            cache.reorder_cache(torch.tensor([0, 0]))
+        return cache
 
-@pytest.mark.parametrize("is_known", [False, True], ids=["first_pass", "later_pass"])
-@pytest.mark.parametrize("n_query", [1, 3])
+
+@pytest.mark.parametrize(
+    ("kind", "n_query"), [("new", 1), ("new", 3), ("grown", 1), ("grown", 3), ("copied", 1), ("reordered", 1)]
+)
 @pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 7])
-def test_an_interrupt_at_any_line_of_a_pass(
-    tmp_path: Path, n_query: int, is_known: bool, stride: int
-) -> None:
-    model = tiny_model("llama", vocab_size=8192)
+def test_an_interrupt_at_any_line_of_a_pass(tmp_path: Path, kind: str, n_query: int, stride: int) -> None:
+    model = tiny_model("llama", vocab_size=1 << 15)
     script = Script(model)
     n_clean, line, was_interrupted = 0, 0, True
     cap: Any = strapfmt.capture(model, tmp_path / "0.strap", sites=SITES, quiet=True, host_ring_bytes=1 << 20)
     with cap:
         while was_interrupted:
             line += stride
-            cache = DynamicCache(config=model.config)
-            if is_known:
-                script.run(cache, 3)
-                n_clean += 1
+            cache = script.cache(kind)
             was_interrupted = interrupt_at(
-                line, partial(script.run, cache, n_query), within="/strapfmt_capture/"
+                line, partial(script.run, cache, 2, n_query), within="/strapfmt_capture/"
             )
-            script.run(cache, 1)
-            n_clean += 1
+            script.run(cache, 2, 1)
+            n_clean += 1 + (kind != "new")
     assert line > 300
     reader = Reader(tmp_path / "0.strap", verify="always")
     assert reader.report.is_clean
@@ -71,9 +78,8 @@ def test_an_interrupt_at_any_line_of_a_pass(
     assert len(by_row) == len(tokens)
     assert len({step["step"] for step in steps}) == len(steps)
     assert Counter(token["step"] for token in tokens) == {step["step"]: step["n_rows"] for step in steps}
-    assert {token["sequence_id"] for token in tokens} == {
-        each["sequence_id"] for each in reader.sequences.to_arrow().to_pylist()
-    }
+    sequences = {each["sequence_id"]: each for each in reader.sequences.to_arrow().to_pylist()}
+    assert {token["sequence_id"] for token in tokens} == set(sequences)
     # Rows are those of the tokens that were given.
     assert all(script.positions[token["token_id"]] == token["position"] for token in tokens)
     for token in tokens:
@@ -81,7 +87,9 @@ def test_an_interrupt_at_any_line_of_a_pass(
         if token["position"]:
             assert before is not None
             assert before["position"] == token["position"] - 1
-            assert before["sequence_id"] == token["sequence_id"]
+            sequence = sequences[token["sequence_id"]]
+            is_fork = token["position"] == sequence["fork_position"]
+            assert before["sequence_id"] == sequence["parent_sequence_id" if is_fork else "sequence_id"]
     # Complete steps are complete, and all that were not interrupted are so.
     complete = {step["step"] for step in steps if step["status"] == "complete"}
     rows = {token["row"] for token in tokens if token["step"] in complete}
@@ -102,3 +110,26 @@ def test_an_interrupt_at_any_line_of_a_pass(
     for site in report.sites:
         assert site.expected == site.written + site.dropped
         assert site.written == reader[site.name].n_rows
+
+
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 11])
+def test_a_key_whose_block_was_interrupted_is_not_done(tmp_path: Path, stride: int) -> None:
+    model, path = tiny_model("llama", vocab_size=1 << 15), tmp_path / "0.strap"
+    script = Script(model)
+    line, was_interrupted, done = 0, True, set()
+    with strapfmt.capture(model, path, sites=SITES, quiet=True, host_ring_bytes=1 << 20) as cap:
+        while was_interrupted:
+            line += stride
+            with suppress(Interrupted), cap.tagged({"key": line}):
+                was_interrupted = interrupt_at(
+                    line, partial(script.run, script.cache("new"), 2, 3), within="/strapfmt_capture/"
+                )
+                if was_interrupted:
+                    raise Interrupted
+            script.run(script.cache("new"), 1, 2)
+            if not was_interrupted:
+                done.add(line)
+    assert line > 300
+    with strapfmt.capture(model, path, sites=SITES, quiet=True, mode="append") as cap:
+        script.run(script.cache("new"), 1, 2)
+        assert {key for key in range(1, line + 1) if cap.done(key)} == done != set()

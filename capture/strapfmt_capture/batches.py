@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from strapfmt_capture.histories import PADDING, History
+from strapfmt_capture.histories import PADDING, Branching, History
 from strapfmt_capture.inputs import Inputs
 from strapfmt_capture.passes import Tokens
 
@@ -25,7 +24,8 @@ class Batch:
     `real` is `[n_sequences, n_query]`, None without padding; the arrays have one entry per run: its slot, its number
     of tokens, its sequence, the position of its first token and the row before that (negative for none). `counts` may
     be None for runs of `n_query` each. `tags` are those of sequences that begin, None if all go on; `sources` the
-    encoder's sequences they attend to, -1 where unknown. Of sequences that branch: slot, parent and fork position.
+    encoder's sequences they attend to, -1 where unknown. `branching` is what the history is
+    to be told of sequences that branch, `fork_positions` where each slot would do so.
     """
 
     history: History
@@ -37,7 +37,8 @@ class Batch:
     previous: _Int64
     tags: NDArray[np.object_] | None = None
     sources: _Int64 | None = None
-    branched: Sequence[tuple[int, int, int]] = ()
+    branching: Branching | None = None
+    fork_positions: _Int64 | None = None
 
     def tokens(self, n_query: int) -> Tokens:
         """Describe the tokens of the pass, as far as the batch knows them."""

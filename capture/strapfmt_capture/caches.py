@@ -79,7 +79,7 @@ class CacheWatcher:
         if name == "crop":
             length = cache_length(cache)
             if length is not None and length < history.length:
-                self._on_rejected(history.truncate(length))
+                history.truncate(length, self._on_rejected)
         elif name == "batch_repeat_interleave":
             history.select(np.repeat(np.arange(len(history)), int(argument)))
         else:

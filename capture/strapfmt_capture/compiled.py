@@ -184,8 +184,9 @@ def guard_hooks(handles: ExitStack) -> bool:
     config = sys.modules.get("torch._dynamo.config")
     if not hasattr(config, "_config"):  # not imported, or another thread is about to
         return False
-    _hook_guards.acquire(config)
-    handles.callback(_hook_guards.release, config)
+    user = object()
+    handles.callback(_hook_guards.release, config, user)
+    _hook_guards.acquire(config, user)
     if getattr(config, _HOOK_GUARDS):  # this thread has a setting of its own, which only it can change
         setattr(config, _HOOK_GUARDS, False)
         handles.callback(_set_in, threading.get_ident(), config)
@@ -218,30 +219,36 @@ class _HookGuards:
     """
 
     def __init__(self) -> None:
-        self._lock, self._n_users, self._before = threading.Lock(), 0, True
+        self._lock = threading.Lock()
+        self._users: set[object] = set()
+        #: What it was, while it is changed.
+        self._before: bool | None = None
 
-    def acquire(self, config: Any) -> None:
+    def acquire(self, config: Any, user: object) -> None:
         """Set it for one more."""
         with self._lock:
-            if not self._n_users:
-                self._before = self._exchange(config, False)
-            self._n_users += 1
+            self._users.add(user)
+            if self._before is None:
+                self._before = self._exchange(config, None)
+            self._exchange(config, False)
 
-    def release(self, config: Any) -> None:
+    def release(self, config: Any, user: object) -> None:
         """Put it back, if nobody else needs it."""
         with self._lock:
-            self._n_users -= 1
-            if not self._n_users:
+            self._users.discard(user)
+            if not self._users and self._before is not None:
                 self._exchange(config, self._before)
+                self._before = None
 
     @staticmethod
-    def _exchange(config: Any, value: bool) -> bool:
+    def _exchange(config: Any, value: bool | None) -> bool:
+        """Return what it is, and set it to a value unless that is None."""
         entry = config._config[_HOOK_GUARDS]
-        if not hasattr(entry, "default"):  # before PyTorch 2.6, settings are those of the process
-            before: bool = getattr(config, _HOOK_GUARDS)
-            setattr(config, _HOOK_GUARDS, value)
-            return before
-        before, entry.default = entry.default, value
+        # Before PyTorch 2.6, settings are those of the process.
+        place, name = (entry, "default") if hasattr(entry, "default") else (config, _HOOK_GUARDS)
+        before: bool = getattr(place, name)
+        if value is not None:
+            setattr(place, name, value)
         return before
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PADDING", "History"]
+__all__ = ["PADDING", "Branching", "History"]
 
 # What a place of a cache holds if not a row.
 PADDING, _UNKNOWN = -1, -2
@@ -16,11 +17,29 @@ _FIRST_CAPACITY = 64
 _Int64 = NDArray[np.int64]
 
 
+class Branching(NamedTuple):
+    """Slots that go on as sequences of their own.
+
+    Attributes
+    ----------
+    sequence_ids : ndarray of int64 [n_sequences]
+        The sequence in each slot from then on.
+    lines : list
+        Of each slot, the sequences its tokens are of.
+    parents : list of (int, int)
+        The slots that get a new sequence, and the sequence each of them branches off.
+    """
+
+    sequence_ids: _Int64
+    lines: list[tuple[tuple[int, int], ...]]
+    parents: list[tuple[int, int]]
+
+
 class History:
     """The rows behind a batch, in the layout of its key-value cache: `n_sequences` slots of `length` places.
 
     The arrays that are attributes are exchanged, not changed: steps keep those of their time. What changes together is
-    exchanged by one statement, which an interrupt cannot cut in two.
+    exchanged without a call in between, so that no interrupt can come between.
 
     Parameters
     ----------
@@ -109,8 +128,8 @@ class History:
         last_row, n_tokens = np.full(len(self), _UNKNOWN, np.int64), n_tokens.copy()
         self.length, self.last_row, self.n_tokens = length, last_row, n_tokens
 
-    def truncate(self, length: int) -> _Int64:
-        """Shrink to `length` places; return the row ids that are lost, sorted, less those the copied cache has."""
+    def truncate(self, length: int, on_rejected: Callable[[_Int64], object]) -> None:
+        """Shrink to `length` places; tell the row ids that are lost, sorted, less those the copied cache has."""
         removed = self._cells[:, length : self.length]
         own = removed[:, max(self._own_from - length, 0) :]
         rejected = np.unique(own[own >= 0])
@@ -119,16 +138,16 @@ class History:
         for slot in range(len(self)):
             places = np.flatnonzero(self._cells[slot, :length] != PADDING)
             last_row[slot] = self._cells[slot, places[-1]] if places.size else PADDING
+        on_rejected(rejected)  # before, so that an interrupt loses none
         self.length, self.last_row, self.n_tokens, self._own_from = length, last_row, n_tokens, own_from
-        return rejected
 
     def select(self, slots: _Int64) -> None:
         """Fill the slots anew with copies of the slots numbered in `slots`, as a reordered cache does."""
-        self.sequence_ids, self.n_prompt = self.sequence_ids[slots], self.n_prompt[slots]
-        self.tags = self.tags[slots]
-        self.n_tokens, self.last_row = self.n_tokens[slots], self.last_row[slots]
-        self._cells = self._cells[slots]
-        self._lines = [self._lines[slot] for slot in slots.tolist()]
+        ids, n_prompt, tags = self.sequence_ids[slots], self.n_prompt[slots], self.tags[slots]
+        n_tokens, last_row = self.n_tokens[slots], self.last_row[slots]
+        cells, lines = self._cells[slots], [self._lines[slot] for slot in slots.tolist()]
+        self.sequence_ids, self.n_prompt, self.tags = ids, n_prompt, tags
+        self.n_tokens, self.last_row, self._cells, self._lines = n_tokens, last_row, cells, lines
 
     def copy(self) -> History:
         """Return the history of a copied cache, whose continuations are sequences of their own."""
@@ -158,7 +177,7 @@ class History:
         real[:, : self.length] = self._cells[:, max(self.length - n_keys, 0) : self.length] != PADDING
         return real
 
-    def settle(self, next_sequence: Callable[[int], int]) -> list[tuple[int, int]]:
+    def branching(self, next_sequence: Callable[[int], int]) -> Branching | None:
         """Give every slot a sequence of its own, now that its next token is known to come.
 
         Of several slots with one sequence the first keeps it. One that was cut behind the place where its sequence
@@ -171,8 +190,8 @@ class History:
 
         Returns
         -------
-        list of (int, int)
-            The slots that got a new sequence, and the sequence each of them branched off.
+        Branching or None
+            What is to be given to `branch` when the pass is known; None if every slot goes on as it is.
         """
         seen: set[int] = set()
         slots = []
@@ -182,21 +201,20 @@ class History:
             if self.is_copy or sequence in seen or n_tokens < self._lines[slot][-1][0]:
                 slots.append(slot)
             seen.add(sequence)
-        self.is_copy = False
         if not slots:
-            return []
-        first = next_sequence(len(slots))
-        self.sequence_ids = self.sequence_ids.copy()
-        return [(slot, self._branch(slot, first + number)) for number, slot in enumerate(slots)]
+            return None
+        first, found = next_sequence(len(slots)), Branching(self.sequence_ids.copy(), self._lines.copy(), [])
+        for sequence, slot in enumerate(slots, first):
+            n_tokens = int(self.n_tokens[slot])
+            line = tuple(each for each in self._lines[slot] if each[0] < n_tokens)
+            found.parents.append((slot, line[-1][1] if line else int(self.sequence_ids[slot])))
+            found.lines[slot] = (*line, (n_tokens, sequence))
+            found.sequence_ids[slot] = sequence
+        return found
 
-    def _branch(self, slot: int, sequence: int) -> int:
-        """Let a slot go on as another sequence; return the one that its last token is of."""
-        n_tokens = int(self.n_tokens[slot])
-        line = tuple(each for each in self._lines[slot] if each[0] < n_tokens)
-        self._lines[slot] = (*line, (n_tokens, sequence))
-        parent = line[-1][1] if line else int(self.sequence_ids[slot])
-        self.sequence_ids[slot] = sequence
-        return parent
+    def branch(self, found: Branching) -> None:
+        """Let slots go on as other sequences."""
+        self.sequence_ids, self._lines, self.is_copy = found.sequence_ids, found.lines, False
 
     def _put(self, cells: _Int64) -> int:
         """Write cells behind the last place; return the length that includes them."""

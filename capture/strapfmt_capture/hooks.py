@@ -359,11 +359,15 @@ class Hooks:
         """Take what compiled code has returned; with it the step has begun that it belongs to."""
         if not self._has_staged:
             return
-        tokens, self._inner_tokens = (() if self._is_recording else self._inner_tokens), ()
-        staged = [(tap, tap.staged) for tap in self.taps if tap.staged]
-        for tap, _ in staged:
-            tap.staged = ()
-        self._has_staged = False  # behind that, as an interrupt may leave some
+        self._has_staged = False  # first, as another thread may stage more
+        try:
+            tokens, self._inner_tokens = (() if self._is_recording else self._inner_tokens), ()
+            staged = [(tap, tap.staged) for tap in self.taps if tap.staged]
+            for tap, _ in staged:
+                tap.staged = ()
+        except BaseException:  # an interrupt, which may leave some
+            self._has_staged = True
+            raise
         if any(tap.gradient is not None for tap, _ in staged):
             raise compiled_error()
         for given in tokens:

@@ -58,15 +58,18 @@ class Keys:
         """Take note of a step that has ended, and the sequences that began in it; once for each step."""
         if step == self._last_step:
             return
-        self._last_step, self.n_steps = step, self.n_steps + 1
-        block = self._block
-        if block is not None:
-            block.begun.rows += begun.rows
-            block.begun.keys |= begun.keys
-            if status != "complete":
-                block.problem = block.problem or f"a pass was {status}: {reason}"
-        elif begun.keys and status == "complete":
-            self._ended.append((self.n_steps, begun.keys))
+        # What counts it is one statement, as an interrupt has this said again.
+        n_steps, block = self.n_steps + 1, self._block
+        if block is None:
+            if begun.keys and status == "complete":
+                self._ended.append((n_steps, begun.keys))
+            self._last_step, self.n_steps = step, n_steps
+            return
+        problem = block.problem
+        if status != "complete":
+            problem = problem or f"a pass was {status}: {reason}"
+        together = Begun([*block.begun.rows, *begun.rows], block.begun.keys | begun.keys)
+        block.begun, block.problem, self._last_step, self.n_steps = together, problem, step, n_steps
 
     def end_block(self, problem: str | None, step: int) -> dict[str, Any] | None:
         """End the block; return columns of `row_events` that tell of its sequences if it was not carried out.

@@ -113,8 +113,9 @@ class RowTracker:
                 rows=np.empty(0, np.int64),
                 tokens=None,
                 sequences=None,
-                events=self.take_events(),
+                events=self._event_columns(),
             )
+            self._events = []
             return self.under_way
         if self.is_encoder(module):
             return self._encode(inputs)
@@ -152,7 +153,8 @@ class RowTracker:
     def end(self, status: str, reason: str | None) -> None:
         """Take note of what became of the pass that was described last."""
         self.under_way = None
-        self.keys.step_ended(self._step, self.tags.take_begun(), status, reason)
+        self.keys.step_ended(self._step, self.tags.begun, status, reason)
+        self.tags.forget_begun()  # not before: an interrupt has this said again
 
     def end_block(self, problem: str | None) -> dict[str, Column] | None:
         """End a block of passes; return columns of `row_events`, for no step, if it was not carried out."""
@@ -167,13 +169,16 @@ class RowTracker:
 
         `begin` hands events over with its step; this is for those after the last one.
         """
-        events, self._events = self._events, []
-        if not events:
+        columns, self._events = self._event_columns(), []
+        return columns
+
+    def _event_columns(self) -> dict[str, Column] | None:
+        if not self._events:
             return None
-        rows = np.concatenate([rows for rows, _ in events])
+        rows = np.concatenate([rows for rows, _ in self._events])
         return {
             "row": rows,
-            "step": np.repeat([step for _, step in events], [len(rows) for rows, _ in events]),
+            "step": np.repeat([step for _, step in self._events], [len(rows) for rows, _ in self._events]),
             "event": ["rejected"] * len(rows),
             "detail": ["taken out of the cache"] * len(rows),
         }
@@ -201,7 +206,7 @@ class RowTracker:
         if length == 0:  # reset, to be used for something else
             return None
         if length < history.length:
-            self._reject(history.truncate(length))
+            history.truncate(length, self._reject)
         else:
             history.extend_unknown(length, inputs.n_past_tokens(length))
         return history
@@ -223,16 +228,17 @@ class RowTracker:
 
     def _continued(self, history: History, real: NDArray[np.bool_] | None, fork_positions: _Int64) -> Batch:
         """The sequences of `history`; slots that share one begin a new one at their fork position."""
-        branched = history.settle(lambda n: self._reserve("sequence", n))
+        branching = history.branching(lambda n: self._reserve("sequence", n))
         return Batch(
             history=history,
             real=real,
             slots=np.arange(len(history)),
             counts=None if real is None else real.sum(axis=1),
-            sequence_ids=history.sequence_ids,
+            sequence_ids=history.sequence_ids if branching is None else branching.sequence_ids,
             positions=history.n_tokens,
             previous=history.last_row,
-            branched=[(slot, parent, int(fork_positions[slot])) for slot, parent in branched],
+            branching=branching,
+            fork_positions=fork_positions,
         )
 
     def _begun(self, inputs: Inputs, real: NDArray[np.bool_] | None, past: int) -> Batch:
@@ -311,10 +317,13 @@ class RowTracker:
             rows=rows,
             tokens=tokens,
             sequences=sequences,
-            events=self.take_events(),
+            events=self._event_columns(),
             history=batch.history,
         )
-        # Behind it, so that no row is known that belongs to no step, wherever an interrupt strikes.
+        # Behind it, so that no row or sequence is known that belongs to no step, wherever an interrupt strikes.
+        self._events = []
+        if batch.branching is not None:
+            batch.history.branch(batch.branching)
         if batch.real is None and q == 1:
             batch.history.append_tokens(rows)
         elif batch.real is None:
@@ -347,16 +356,17 @@ class RowTracker:
                 else [self._texts.of_prompt(prompt) for prompt in prompts],
                 "tags": batch.tags.tolist(),
             }
-        if not batch.branched:
+        if batch.branching is None:
             return None
-        slots = [slot for slot, _, _ in batch.branched]
+        assert batch.fork_positions is not None
+        slots = [slot for slot, _ in batch.branching.parents]
         n = len(slots)
         return {
             "sequence_id": batch.sequence_ids[slots],
             "batch_index": np.array(slots, np.int32),
             "first_step": np.full(n, self._step),
-            "parent_sequence_id": np.array([parent for _, parent, _ in batch.branched]),
-            "fork_position": np.array([position for _, _, position in batch.branched], np.int32),
+            "parent_sequence_id": np.array([parent for _, parent in batch.branching.parents]),
+            "fork_position": batch.fork_positions[slots].astype(np.int32),
             "n_prompt_tokens": batch.history.n_prompt[slots].astype(np.int32),
             "prompt_token_ids": [None] * n,
             "prompt": [None] * n,

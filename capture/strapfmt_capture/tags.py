@@ -33,7 +33,7 @@ class Tags:
         self._layers: list[TagValues] = [dict(own or {})]
         self._merged: list[dict[str, Any]] = []
         self._set_common()
-        self._begun = Begun()
+        self.begun = Begun()
 
     def push(self, tags: TagValues) -> None:
         """Lay `tags` (as `checked_tags` returns them) over those there are, until `pop`."""
@@ -82,12 +82,11 @@ class Tags:
             for tags, is_stored in zip(self._merged, has_rows, strict=True)
             if is_stored and KEY in tags
         }
-        self._begun = Begun(rows[(np.cumsum(counts) - counts)[has_rows]].tolist(), keys)
+        self.begun = Begun(rows[(np.cumsum(counts) - counts)[has_rows]].tolist(), keys)
 
-    def take_begun(self) -> Begun:
-        """Return the sequences that began in the pass that is over, and forget them."""
-        begun, self._begun = self._begun, Begun()
-        return begun
+    def forget_begun(self) -> None:
+        """Forget the sequences that began in the pass that is over."""
+        self.begun = Begun()
 
     def check_kept(self) -> None:
         """Refuse a pass without sequences, which could not keep the tags of a block.
