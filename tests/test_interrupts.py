@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import strapfmt
 from strapfmt.reader import Reader
+from strapfmt_capture.rings import Rings
 
 SITES = ["embed", "blocks.0.resid_post", "blocks.0.mlp_out"]
 
@@ -133,3 +134,28 @@ def test_a_key_whose_block_was_interrupted_is_not_done(tmp_path: Path, stride: i
     with strapfmt.capture(model, path, sites=SITES, quiet=True, mode="append") as cap:
         script.run(script.cache("new"), 1, 2)
         assert {key for key in range(1, line + 1) if cap.done(key)} == done != set()
+
+
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 7])
+def test_an_interrupt_in_a_pass_that_is_dropped_leaves_an_account_that_balances(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stride: int
+) -> None:
+    model = tiny_model("llama", vocab_size=1 << 15)
+    script = Script(model)
+    line, was_interrupted = 0, True
+    with strapfmt.capture(model, tmp_path / "0.strap", sites=SITES, quiet=True, on_full="drop") as cap:
+        script.run(script.cache("new"), 2, 3)
+        monkeypatch.setattr(Rings, "fill", property(lambda _: 1.0))
+        while was_interrupted:
+            line += stride
+            cache = script.cache("new")
+            was_interrupted = interrupt_at(
+                line, partial(script.run, cache, 2, 3), within="/strapfmt_capture/"
+            )
+            script.run(cache, 2, 1)
+    assert line > 300
+    tokens = Reader(tmp_path / "0.strap").tokens.to_arrow().to_pylist()
+    n_dropped = sum(token["dropped"] for token in tokens)
+    assert all(site.written == 6 < site.dropped for site in cap.report.sites)
+    assert all(site.expected == site.written + site.dropped for site in cap.report.sites)
+    assert max(site.dropped for site in cap.report.sites) <= n_dropped

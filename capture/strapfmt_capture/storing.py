@@ -121,9 +121,7 @@ class Store:
         tap.n_calls += 1
         tap.expected += placed.n_rows
         if open_step.is_dropped:
-            tap.dropped += placed.n_rows
-            name = layout.spec.name
-            open_step.dropped[name] = open_step.dropped.get(name, 0) + placed.n_rows
+            _drop(tap, layout.spec.name, placed.n_rows, open_step.dropped)
         elif placed.n_rows:
             values = x.detach() if x.requires_grad else x
             cuts = cuts_of(values, placed, open_step.step, open_step.cuts) if layout.spec.is_ragged else None
@@ -163,11 +161,9 @@ class Store:
     def drop_gradient(self, tap: Tap, awaited: Awaited) -> None:
         """Count a gradient that is not stored, as its value was not."""
         layout = tap.layout or self._declare_gradient(tap, awaited.layout)
-        n_rows, dropped = awaited.placed.n_rows, awaited.step.dropped
         tap.n_calls += 1
-        tap.expected += n_rows
-        tap.dropped += n_rows
-        dropped[layout.spec.name] = dropped.get(layout.spec.name, 0) + n_rows
+        tap.expected += awaited.placed.n_rows
+        _drop(tap, layout.spec.name, awaited.placed.n_rows, awaited.step.dropped)
 
     def _declare_gradient(self, tap: Tap, value: Layout) -> Layout:
         point = tap.point
@@ -252,6 +248,12 @@ class Store:
             call=call,
         )
         self._rings.put(ring, values, slot)
+
+
+def _drop(tap: Tap, site: str, n_rows: int, dropped: dict[str, int]) -> None:
+    """Count rows as dropped, on the tap and in the step: without a call in between, where an interrupt might come."""
+    n_in_step = dropped.get(site, 0) + n_rows
+    tap.dropped, dropped[site] = tap.dropped + n_rows, n_in_step
 
 
 def _unflattened(x: torch.Tensor, open_step: OpenStep) -> torch.Tensor:
