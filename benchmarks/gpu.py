@@ -118,7 +118,7 @@ def _summary(sections: dict[str, dict[str, Any]]) -> int:
     """Print what went wrong and what is missing; return whether anything did."""
     cases = [case for section in sections.values() for case in section.get("cases", [])]
     rows = [row for section in sections.values() for row in section.get("rows", [])]
-    failed = [case["test"] for case in cases if case["outcome"] not in ("passed", "skipped")]
+    failed = [case["test"] for case in cases if _has_failed(case)]
     wrong = [row["case"] for row in rows if is_wrong(row)]
     broken = [f"{name}: {section['failure']}" for name, section in sections.items() if "failure" in section]
     missed = [name for section in sections.values() for name in section.get("not_reached", [])]
@@ -167,7 +167,7 @@ def _run_file(file: Path, timeout_s: float) -> list[dict[str, Any]]:
             cases, ended = _outcomes_in(said), f"{ended}, and left no report"
             is_well = False
         else:
-            is_well = ended == "it ended with 0" or any(case["outcome"] != "passed" for case in cases)
+            is_well = ended == "it ended with 0" or any(_has_failed(case) for case in cases)
     if not is_well:
         cases.append({"test": file.name, "outcome": "error", "why": ended, "detail": said[-_LOG_CHARS:]})
     return cases
@@ -191,6 +191,10 @@ def _run(command: list[str], log: Path, timeout_s: float) -> str:
         except subprocess.TimeoutExpired:
             return f"it was ended after {timeout_s:.0f} s"
     return f"it ended with {code}"
+
+
+def _has_failed(case: dict[str, Any]) -> bool:
+    return case["outcome"] not in ("passed", "skipped")
 
 
 def _outcome(file: Path, case: ElementTree.Element) -> dict[str, Any]:

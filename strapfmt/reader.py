@@ -103,18 +103,22 @@ class Reader:
 
     def close(self) -> None:
         """Let go of all maps; tensors and tables that were handed out keep theirs alive."""
+        self._is_closed = True  # first, as another thread may be reading
         self._state = self._read_tokens = None
-        self._is_closed = True
 
     def _check_open(self) -> None:
         if self._is_closed:
-            raise DatasetClosedError(f"{self.path}: this dataset was closed; open it again")
+            raise self._closed_error()
+
+    def _closed_error(self) -> DatasetClosedError:
+        return DatasetClosedError(f"{self.path}: this dataset was closed; open it again")
 
     @property
     def _loaded(self) -> State:
-        self._check_open()
-        assert self._state is not None
-        return self._state
+        state = self._state
+        if self._is_closed or state is None:
+            raise self._closed_error()
+        return state
 
     @property
     def _sites(self) -> dict[str, Site]:

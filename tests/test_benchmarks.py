@@ -189,6 +189,10 @@ def test_what_a_section_of_the_gpu_benchmark_lacks_is_told_first(
     assert sections["tests"]["failure"].startswith("RuntimeError: missing tokenizers (ModuleNotFoundError")
 
 
+def gpu_tests(wrong: str, end: str) -> str:
+    return GPU_TESTS.replace("WRONG", wrong).replace("ON_A_GPU", "pytest.mark.gpu").replace("END", end)
+
+
 GPU_TESTS = """
 import os
 import pytest
@@ -197,10 +201,7 @@ import pytest
 def test_well():
     pass
 
-@ON_A_GPU
-def test_wrong():
-    assert 1 == 2, "not so"
-
+WRONG
 @ON_A_GPU
 @pytest.mark.skipif(True, reason="needs two GPUs")
 def test_two():
@@ -209,6 +210,12 @@ def test_two():
 @ON_A_GPU
 def test_end():
     END
+"""
+
+
+WRONG = """@ON_A_GPU
+def test_wrong():
+    assert 1 == 2, "not so"
 """
 
 
@@ -222,7 +229,7 @@ def test_tests_on_a_gpu_that_end_the_process_leave_the_outcomes_before(
     monkeypatch.setattr(gpu, "_ROOT", tmp_path)
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:cacheprovider")
     file = tmp_path / "test_some.py"
-    file.write_text(GPU_TESTS.replace("ON_A_GPU", "pytest.mark.gpu").replace("END", end))
+    file.write_text(gpu_tests(WRONG, end))
     cases = gpu._run_file(file, 100.0)
     outcomes = {case["test"]: case["outcome"] for case in cases}
     expected = {"well": "passed", "wrong": "failure", "two": "skipped"}
@@ -231,6 +238,18 @@ def test_tests_on_a_gpu_that_end_the_process_leave_the_outcomes_before(
     assert [case.get("why") for case in cases if case["test"] == "test_some.py"] == ([why] if why else [])
     if why is None:
         assert "not so" in cases[1]["why"]
+
+
+def test_an_exit_without_a_failed_test_is_an_error_though_one_was_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "_ROOT", tmp_path)
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:cacheprovider")
+    (tmp_path / "conftest.py").write_text("def pytest_sessionfinish(session):\n    session.exitstatus = 7\n")
+    (tmp_path / "test_some.py").write_text(gpu_tests("", "pass"))
+    cases = gpu._run_file(tmp_path / "test_some.py", 100.0)
+    assert [case["outcome"] for case in cases] == ["passed", "skipped", "passed", "error"]
+    assert cases[-1]["why"] == "it ended with 7"
 
 
 def test_tests_on_a_gpu_that_take_too_long_leave_the_outcomes_before(

@@ -231,6 +231,19 @@ def test_info_says_when_a_dataset_was_not_closed(run: Run, tmp_path: Path) -> No
     assert "NOT closed: a writer is at work, or it crashed, and nothing is committed" in outcome.out
 
 
+def test_of_a_site_without_rows_info_and_verify_say_that_nothing_is_committed(
+    run: Run, tmp_path: Path
+) -> None:
+    writer = DatasetWriter(tmp_path / "open.strap")
+    writer.add_site(SiteSpec(name="s", dtype="float32", shape=(2,), row_space="tokens"))
+    writer.commit()
+    try:
+        shown = {name: run(name, tmp_path / "open.strap").out for name in ("info", "verify")}
+    finally:
+        writer.abort()
+    assert all("nothing is committed" in text for text in shown.values())
+
+
 def test_head_shows_tokens(run: Run, dataset: Path) -> None:
     rows = run("head", dataset, "-n", 2, "--json").json
     assert [row["token"] for row in rows] == TOKENS[:2]

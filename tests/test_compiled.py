@@ -690,6 +690,24 @@ def test_a_recorded_pass_is_stored_at_each_replay_only(tmp_path: Path) -> None:
         pass
 
 
+def test_a_recording_is_refused_inside_a_graph_and_waits_for_nothing_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Small()
+    with capture(model, tmp_path / "x.strap") as cap:
+        monkeypatch.setattr("strapfmt_capture.hooks.is_graph_made", lambda: True)
+        monkeypatch.setattr(cap._engine.rings, "settle", lambda: pytest.fail("waited"))
+        with (
+            pytest.raises(CaptureError, match="under way already; enter it before the graph"),
+            cap.recording(),
+        ):
+            pass
+        monkeypatch.undo()
+        with cap.recording():
+            pass
+        model(IDS)
+
+
 def test_a_replay_that_fails_is_an_abandoned_pass(tmp_path: Path) -> None:
     model, path = Small(), tmp_path / "x.strap"
 

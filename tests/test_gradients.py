@@ -777,3 +777,26 @@ def test_layers_that_are_compiled_inside_the_block_have_their_gradients(tmp_path
     with strapfmt.capture(model, tmp_path / "x.strap", sites=RESID, backward=True, quiet=True):
         loss_of(compile_part(model, part)).backward()
     assert_stored(tmp_path / "x.strap", gradients(seen))
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning"
+)
+@pytest.mark.parametrize("part", ["layer", "wrapped layer"])
+def test_layers_that_are_compiled_inside_the_block_have_no_gradients_of_sites_in_them(
+    tmp_path: Path, part: str
+) -> None:
+    model = tiny_model("llama")
+    options: dict[str, Any] = {"sites": "blocks.*.mlp_out", "backward": True, "quiet": True}
+    cap = strapfmt.capture(model, tmp_path / "x.strap", **options)
+
+    def body() -> None:
+        if part == "layer":
+            model.model.layers[1].compile(backend="eager")
+        else:
+            compile_part(model, part)
+        loss_of(model).backward()
+
+    with pytest.raises(CompiledModelError, match=NO_GRADIENTS), cap:
+        body()
+    assert strapfmt.verify(tmp_path / "x.strap").valid

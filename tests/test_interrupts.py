@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import sys
+import time
 from collections import Counter
 from contextlib import suppress
 from functools import partial
@@ -19,6 +22,7 @@ import strapfmt
 from strapfmt.reader import Reader
 from strapfmt_capture.rings import Rings
 
+PATIENCE_S = 20.0
 SITES = ["embed", "blocks.0.resid_post", "blocks.0.mlp_out"]
 
 
@@ -159,3 +163,45 @@ def test_an_interrupt_in_a_pass_that_is_dropped_leaves_an_account_that_balances(
     assert all(site.written == 6 < site.dropped for site in cap.report.sites)
     assert all(site.expected == site.written + site.dropped for site in cap.report.sites)
     assert max(site.dropped for site in cap.report.sites) <= n_dropped
+
+
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("has_pass", [False, True])
+def test_an_interrupt_at_any_line_of_tagged_leaves_no_block_open(
+    tmp_path: Path, has_pass: bool, stride: int
+) -> None:
+    model = tiny_model("llama")
+    ids = torch.arange(5, 9)[None]
+    n_lines, line, was_interrupted = 0, 0, True
+    cap: Any = strapfmt.capture(
+        model, tmp_path / "0.strap", sites=SITES, quiet=True, commit_interval_s=0.0, tags={"run": 1}
+    )
+
+    def tag() -> None:
+        with cap.tagged({"key": line}):
+            if has_pass:
+                trace = sys.gettrace()
+                sys.settrace(None)  # lines of the pass are those of another test
+                model(ids, use_cache=False)
+                sys.settrace(trace)
+
+    with cap, torch.no_grad():
+        while was_interrupted:
+            line += stride
+            was_interrupted = interrupt_at(line, tag, within="/strapfmt_capture/")
+            n_lines += was_interrupted
+            model(ids, use_cache=False)
+            until = time.monotonic() + PATIENCE_S
+            while cap.stats.n_committed_steps < cap.stats.n_steps:
+                assert time.monotonic() < until
+                time.sleep(0.001)
+        assert cap.done(line) == has_pass
+    assert n_lines > 20 // stride
+    with strapfmt.open(tmp_path / "0.strap", verify="always") as found:
+        tags = [json.loads(text) for text in found.sequences.to_arrow(["tags"])["tags"].to_pylist()]
+    plain = [each for each in tags if each == {"run": 1}]
+    # One after each block, and of the passes in a block all have its key.
+    assert len(plain) == n_lines + 1
+    keys = [each["key"] for each in tags if each != {"run": 1}]
+    assert keys == sorted(set(keys))
+    assert (keys[-1:] == [line]) == has_pass

@@ -28,6 +28,7 @@ from strapfmt_capture.live import CaptureStats
 from strapfmt_capture.memory import Memory
 from strapfmt_capture.messages import ItemReader
 from strapfmt_capture.passes import Step
+from strapfmt_capture.rings import Rings
 from strapfmt_capture.spill import SpillFile
 from strapfmt_capture.turn import Block, values_of
 
@@ -276,6 +277,47 @@ def test_interrupts_while_spilling_leave_a_capture_that_works(tmp_path: Path, ga
     assert reader["two"].tensor()[-5:, 0].tolist() == [5001.0, 5002.0, 5003.0, 5004.0, 5005.0]
     steps = reader.steps.to_arrow().to_pylist()
     assert [step["step"] for step in steps] == sorted(step["step"] for step in steps)
+
+
+@pytest.mark.parametrize("drain", ["thread", "process"])
+def test_the_manifest_counts_steps_that_are_spilled_as_the_block_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drain: str
+) -> None:
+    append = SpillFile.append
+
+    def late(self: SpillFile, items: Any) -> Spilled:
+        time.sleep(0.01)
+        return append(self, items)
+
+    monkeypatch.setattr(SpillFile, "append", late)
+    model, cap = spilling(tmp_path, drain=drain)
+    with cap:
+        monkeypatch.setattr(cap._engine.rings, "divert", lambda _: Rings.divert(cap._engine.rings, True))
+        call(model, *(ids(7, start) for start in range(0, 210, 7)))
+    outcome, stats = outcome_of(tmp_path), cap.stats
+    assert (outcome["n_steps"], outcome["n_spilled_steps"]) == (30, 30)
+    assert (stats.n_spilled_steps, stats.n_spilled_bytes) == (30, outcome["n_spilled_bytes"])
+    assert outcome["n_spills_refused"] == 0
+    assert_consistent(Reader(tmp_path / "x.strap"))
+
+
+def test_a_spill_that_has_failed_as_the_block_ends_is_raised_and_nobody_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: SpillFile, items: Any) -> Spilled:
+        raise ValueError("a mistake of ours")
+
+    model, cap = spilling(tmp_path)
+
+    def body() -> None:
+        model(ids(5))
+        monkeypatch.setattr(SpillFile, "append", fail)
+        monkeypatch.setattr(cap._engine.rings, "divert", lambda _: Rings.divert(cap._engine.rings, True))
+        cap._engine.drain.spill.ring.linger_s = PATIENCE_S  # it is settled first
+        model(ids(5))
+
+    with pytest.raises(DrainError, match="a mistake of ours"), cap:
+        body()
 
 
 def test_space_in_the_spill_file_is_given_back(tmp_path: Path) -> None:

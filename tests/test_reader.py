@@ -16,6 +16,7 @@ from strapfmt.arrowfile import digest
 from strapfmt.errors import (
     ArgumentError,
     CorruptError,
+    DatasetClosedError,
     DatasetNotFoundError,
     RowNotFoundError,
     SiteNotFoundError,
@@ -399,3 +400,11 @@ def test_few_maps_are_held(path: Path) -> None:
         n_shards = sum(1 for _ in reader.shards())
         contents_of(reader)
         assert 0 < n_maps() <= n_shards
+
+
+def test_a_thread_that_reads_while_another_closes_is_told_so(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "x.strap")
+    reader = Reader(tmp_path / "x.strap")
+    reader._state = None  # as it is for a moment
+    with pytest.raises(DatasetClosedError, match="was closed"):
+        len(reader)

@@ -23,6 +23,7 @@ from strapfmt_capture.items import Boundary, Events, Item
 from strapfmt_capture.memory import Memory
 from strapfmt_capture.ring import LINGER_S, Ring
 from strapfmt_capture.rings import Rings
+from strapfmt_capture.spill import Spill
 from strapfmt_capture.turn import Values
 
 __all__ = ["gate"]
@@ -334,6 +335,49 @@ def test_a_failure_of_the_device_is_raised_where_the_user_waits_and_nobody_hangs
     with pytest.raises(DrainError, match="device lost"):
         rings.finish()
     consumer.join()
+
+
+def test_a_ring_that_is_opened_after_the_mover_has_failed_is_ended_and_says_so() -> None:
+    rings, known = staged()
+    known[FIRST].failure = RuntimeError("device lost")
+    put(rings, FIRST, 0, 500, known[FIRST].model)
+    rings.settle()
+    with pytest.raises(DrainError, match="device lost"):
+        rings.of(SECOND)
+    assert rings.of(SECOND).is_aborted
+    assert rings.of(SECOND).reserve(500) is None
+
+
+def test_a_ring_that_is_opened_after_the_drain_has_gone_is_ended() -> None:
+    rings, known = staged()
+    put(rings, FIRST, 0, 5000, known[FIRST].model)
+    rings.host.abort()
+    rings.settle()
+    await_that(lambda: not rings._mover.is_alive)
+    assert not put(rings, SECOND, 1, 500, known[SECOND].model)
+    rings.finish()
+
+
+def test_where_the_mover_puts_things_is_left_to_it_when_another_ring_opens(tmp_path: Path) -> None:
+    rings, known = staged(host=1 << 16)
+    spill = rings.spill = Spill(tmp_path, rings.host, lambda error: None)
+    settled: list[str] = []
+    settle = spill.settle
+    spill.settle = lambda: (settled.append(threading.current_thread().name), settle())[1]  # type: ignore[method-assign]
+    spill.start()
+    n_put = 0
+    while rings._sink is not spill.ring:  # the host's ring fills up, as nobody empties it
+        put(rings, FIRST, n_put, 5000, known[FIRST].model)
+        rings.mark()
+        n_put += 1
+    assert put(rings, SECOND, n_put, 5000, known[SECOND].model)
+    assert rings._sink is spill.ring
+    assert threading.current_thread().name not in settled
+    rings.abort()
+    rings.host.abort()
+    spill.abort()
+    spill.close()
+    spill.file.close()
 
 
 def test_a_drain_that_is_gone_ends_the_mover_and_the_model_does_not_wait() -> None:

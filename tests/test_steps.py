@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import strapfmt
 from strapfmt.errors import CaptureError
 from strapfmt.reader import Reader
+from strapfmt_capture import calls
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
@@ -173,6 +174,25 @@ def test_kept_logits_are_rows_of_the_positions_that_were_asked_for(
 ) -> None:
     path = captured(tmp_path, tiny_model("llama"), "logits", {"input_ids": IDS, "logits_to_keep": kept})
     assert Reader(path)["logits"].rows.tolist() == list(rows)
+
+
+@pytest.mark.parametrize("min_free_bytes", [None, 0])
+def test_kept_positions_are_asked_of_the_device_once_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, min_free_bytes: int | None
+) -> None:
+    asked: list[int] = []
+    positions_of = calls.positions_of
+    monkeypatch.setattr(calls, "positions_of", lambda *given: (asked.append(0), positions_of(*given))[1])
+    model, path = tiny_model("llama"), tmp_path / "x.strap"
+    options: dict[str, Any] = {
+        "where": lambda tokens: tokens.position > 0,
+        "min_free_bytes": min_free_bytes,
+    }
+    with strapfmt.capture(model, path, sites="logits", quiet=True, **options):
+        for kept in ([1, 2], [0, 2], [0, 3]):
+            model(IDS, logits_to_keep=torch.tensor(kept))
+    assert len(asked) == 3
+    assert Reader(path)["logits"].rows.tolist() == [1, 2, 5, 6, 10, 14, 19, 23]
 
 
 def test_prompts_that_are_others_and_a_token_stay_apart(tmp_path: Path) -> None:

@@ -74,6 +74,18 @@ class Call:
     counts: Counts | None = None
     is_started: bool = False
     end: StepEnd | None = None
+    #: The last answer of `chosen`, and what it was for.
+    _chosen: tuple[Any, int, npt.NDArray[np.int64] | None] | None = None
+
+    def chosen(self, n_query: int) -> npt.NDArray[np.int64] | None:
+        """Return the positions at which the head computes, None if it computes all.
+
+        On a GPU what it is told is waited for, once a step.
+        """
+        known = self._chosen
+        if known is None or known[0] is not self.kept or known[1] != n_query:
+            known = self._chosen = self.kept, n_query, positions_of(self.kept, n_query)
+        return known[2]
 
 
 def call_of(

@@ -123,6 +123,11 @@ class DrainHome(ABC):
             what = f"{self.path}: writing failed after {self.progress.n_rows} rows"
             raise stopped(what, self._failure) from self._failure
 
+    def settle_spill(self) -> None:
+        """Return when all that was spilled is in the file, or nothing more gets there."""
+        if self.spill is not None:
+            self.spill.settle()
+
     def finish(self, finish: Finish) -> None:
         """Write what is left, close the dataset, and end the drain.
 
@@ -132,8 +137,8 @@ class DrainHome(ABC):
             If anything failed on the way.
         """
         try:
+            self.settle_spill()
             if self.spill is not None:
-                self.spill.settle()
                 self.spill.close()
             self._ring.publish(finish)
             self._ring.close()

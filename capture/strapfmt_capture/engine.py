@@ -197,6 +197,7 @@ class Engine:
             with self._attached:
                 self.hooks.finish(error)
             self.rings.finish()
+            self.drain.settle_spill()  # what it counts is told with the outcome
         except BaseException:
             self.rings.abort()
             self.drain.abort()

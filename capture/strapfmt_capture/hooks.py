@@ -280,6 +280,10 @@ class Hooks:
         """Keep what sites give, which stays in its place, instead of storing it."""
         if self._is_recording:
             raise CaptureError("a recording is under way already; end it before the next one begins")
+        if is_graph_made():
+            raise CaptureError(
+                "recording(): a CUDA graph is under way already; enter it before the graph begins"
+            )
         self.steps.settle("recording()")
         self._rings.settle()  # what another thread waits for on the GPU would end a recording of it
         self._is_recording, self._recorded = True, []

@@ -72,7 +72,9 @@ class Keys:
         block.begun, block.problem, self._last_step, self.n_steps = together, problem, step, n_steps
 
     def end_block(self, problem: str | None, step: int) -> dict[str, Any] | None:
-        """End the block; return columns of `row_events` that tell of its sequences if it was not carried out.
+        """Return columns of `row_events` that tell of the block's sequences, if it was not carried out.
+
+        It is over with `leave_block`, when these have been handed over.
 
         Parameters
         ----------
@@ -81,7 +83,7 @@ class Keys:
         step : int
             The last step.
         """
-        block, self._block = self._block, None
+        block = self._block
         assert block is not None
         problem = block.problem or problem
         rows = block.begun.rows
@@ -98,6 +100,10 @@ class Keys:
             "event": [UNFINISHED] * n,
             "detail": [problem] * n,
         }
+
+    def leave_block(self) -> None:
+        """Steps that end from now on are committed by themselves."""
+        self._block = None
 
     def take_durable(self, n_steps: int) -> set[str]:
         """Return keys that are durable now that so many steps are, and were not yet at the last call."""

@@ -53,13 +53,13 @@ class Mover:
         self._n_numbered = 0
         self._work = Signal()
         self._thread: threading.Thread | None = None
-        self._is_closed = False
+        self._is_closed = self._has_ended = False
         #: Whether anything may be moved, and whether it should be at once.
         self._is_marked = self._is_pressed = False
         self._failure: BaseException | None = None
 
     def start(self, next_sink: Callable[[], Ring[Any]]) -> None:
-        """Begin, unless it has.
+        """Begin, unless it has; where it has ended, end the rings that were opened since.
 
         Parameters
         ----------
@@ -72,6 +72,8 @@ class Mover:
                 target=self._run, args=(next_sink,), name="strapfmt-mover", daemon=True
             )
             self._thread.start()
+        if self._has_ended:
+            self._abort_rings()
 
     @property
     def is_alive(self) -> bool:
@@ -124,8 +126,7 @@ class Mover:
 
     def abort(self) -> None:
         """End the thread without moving any more."""
-        for ring in self.rings.values():
-            ring.abort()
+        self._abort_rings()
         self._is_closed = True
         self._work.set()
         if self._thread is not None:
@@ -138,8 +139,12 @@ class Mover:
             self._failure = error
             self._host.abort()
         finally:
-            for ring in self.rings.values():
-                ring.abort()
+            self._has_ended = True  # before that: a ring that is opened meanwhile is ended here or by `start`
+            self._abort_rings()
+
+    def _abort_rings(self) -> None:
+        for ring in self.rings.values():
+            ring.abort()
 
     def _move_all(self, next_sink: Callable[[], Ring[Any]]) -> None:
         waiting = _Waiting()

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from strapfmt.schema import SiteSpec
-from strapfmt_capture.calls import Call, positions_of
+from strapfmt_capture.calls import Call
 from strapfmt_capture.disk_space import PassSize
 
 __all__ = ["PassSizes"]
@@ -54,7 +54,7 @@ class PassSizes:
         if inputs is None:
             return PassSize()
         n, q = inputs.n_sequences, inputs.n_query
-        n_rows, chosen = n * q if n_rows is None else n_rows, positions_of(call.kept, q)
+        n_rows, chosen = n * q if n_rows is None else n_rows, call.chosen(q)
         n_keys = (inputs.past or 0) + q
         n_bytes = n_rows * (row.of_token + n_keys * row.of_key)
         n_bytes += min(n_rows, n * (q if chosen is None else len(chosen))) * row.of_head

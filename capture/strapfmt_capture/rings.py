@@ -191,7 +191,7 @@ class Rings:
             streams = HostStreams()  # a model that lies partly in host memory
         elif self.is_pinned is None:
             self._pin(streams)
-        if self.spill is not None:
+        if self.spill is not None and not self.devices:  # else the mover does that, by itself
             self._divert(self.spill, False)
         ring: DeviceRing[Item] = DeviceRing(
             self._gpu_ring_bytes, device, streams, next_number=self._mover.number, mark_all=self.mark
@@ -199,6 +199,7 @@ class Rings:
         self.devices = self._mover.rings = {**self.devices, device: ring}
         self._by_device = dict(self.devices)
         self._mover.start(self._next_sink)
+        self.check()
         return ring
 
     def _next_sink(self) -> Ring[Any]:

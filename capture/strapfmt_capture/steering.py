@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from strapfmt_capture.items import Annotation
 from strapfmt_capture.rings import Rings
 from strapfmt_capture.rows import RowTracker
 from strapfmt_capture.steps import Steps
-from strapfmt_capture.tags import checked_tags
+from strapfmt_capture.tags import TagValues, checked_tags
 
 __all__ = ["Steering"]
 
@@ -51,19 +52,21 @@ class Steering:
         self._steps.settle("tagged()")
         has_key = any(KEY in each for each in ([layer] if isinstance(layer, Mapping) else layer))
         is_block = has_key and not self._tracker.keys.is_in_block
-        if is_block:
-            self._tracker.keys.begin_block()
-        self._tracker.tags.push(layer)
-        problem: BaseException | None = None
-        try:
+        with ExitStack() as leaving:
+            for _ in range(2):  # what an interrupt cuts off in one is left to the other
+                leaving.push(partial(self._leave, layer, is_block))
+            if is_block:
+                self._tracker.keys.begin_block()
+            self._tracker.tags.push(layer)
             yield
-        except BaseException as error:
-            problem = error
-            raise
-        finally:
-            self._tracker.tags.pop(layer)
-            if is_block and self._tracker.keys.is_in_block:  # else the capture has ended before
-                self._steps.end_block(problem)
+
+    def _leave(
+        self, layer: TagValues, is_block: bool, kind: Any, error: BaseException | None, trace: Any
+    ) -> None:
+        """Undo as much of `tagged` as was done, and is not undone yet."""
+        self._tracker.tags.pop(layer)
+        if is_block and self._tracker.keys.is_in_block:  # else the capture has ended before
+            self._steps.end_block(error)
 
     def done(self, key: object) -> bool:
         """Say whether the dataset holds a key, whole and durable."""

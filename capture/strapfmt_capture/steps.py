@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from strapfmt.errors import CaptureError, CompiledModelError, DiskSpaceError, RingFullError
-from strapfmt_capture.calls import Call, Counts, OpenStep, call_of, is_on_stack, kept_of, positions_of
+from strapfmt_capture.calls import Call, Counts, OpenStep, call_of, is_on_stack, kept_of
 from strapfmt_capture.compiled import resumed
 from strapfmt_capture.drain_home import DrainHome
 from strapfmt_capture.dropped import INTERRUPTED, RING_FULL
@@ -207,6 +207,7 @@ class Steps:
         events = self._tracker.end_block(None if error is None else _reason(error))
         if events is not None:
             self._rings.publish(Events(columns=events))
+        self._tracker.keys.leave_block()
         self._rings.publish(Boundary(is_urgent=self._drain.space.is_short))
 
     def check_inside(self, tokens: torch.Tensor) -> None:
@@ -413,7 +414,7 @@ def _opened(call: Call, step: Step) -> OpenStep:
         step=step,
         batch=(step.n_sequences, step.n_query),
         whole=Placement(n_rows=len(step.rows), index=step.selected, rows=step.rows),
-        chosen=positions_of(call.kept, step.n_query) if step.is_language else None,
+        chosen=call.chosen(step.n_query) if step.is_language else None,
         stored=None,
     )
 

@@ -14,7 +14,7 @@ from strapfmt.errors import ArgumentError, CaptureError
 from strapfmt_capture.arguments import tags_text
 from strapfmt_capture.keys import Begun
 
-__all__ = ["Tags", "checked_tags"]
+__all__ = ["TagValues", "Tags", "checked_tags"]
 
 TagValues = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 

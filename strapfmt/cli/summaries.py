@@ -63,7 +63,8 @@ def _more(site: Any) -> dict[str, Any]:
 def _show_info(document: dict[str, Any]) -> None:
     out = console()
     state = "clean" if document["is_clean"] else "NOT closed: a writer is at work, or it crashed"
-    if not document["is_clean"] and not any(document[name] for name in ("n_tokens", "n_steps", "sites")):
+    counts = [document[name] for name in ("n_tokens", "n_sequences", "n_steps", "n_row_events")]
+    if not document["is_clean"] and not any([*counts, *(site["n_rows"] for site in document["sites"])]):
         state += ", and nothing is committed"
     out.print(
         f"{shown_path(document['path'])}: {document['n_tokens']:,} tokens in {document['n_sequences']:,} sequences and "
