@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from strapfmt import spec
@@ -160,12 +161,17 @@ class _Rescue:
             ):
                 self._directory(directory, committed.get(directory), writer, found)
         self.notes += [f"{self.root / file}: {why}" for file, why in self._unreadable.items()]
-        if self.manifest is None or not self.manifest.is_clean:
+        if not self._is_clean:
             self._account_for_unfinished(writer)
         for entry in self.manifest.sites if self.manifest else ():
             if entry.spec.name in writer.sites:
                 writer.count(entry.spec.name, expected=entry.counts.expected, dropped=entry.counts.dropped)
         writer.skip_to(self._counters)
+
+    @property
+    def _is_clean(self) -> bool:
+        """Whether the last session was closed, so that nothing was cut."""
+        return self.manifest is not None and self.manifest.is_clean
 
     def _read_manifest(self) -> Manifest | None:
         try:
@@ -247,6 +253,10 @@ class _Rescue:
                 sound.append(stream)
         for stream, limit in self._limited(sound, target.key):
             for batch in stream.batches(target.account.problems):
+                if target.site is None and target.name == "steps" and not self._is_clean:
+                    n_twice = int(np.count_nonzero(batch["step"].to_numpy() <= target.last))
+                    n_sound = (target.account.n_committed or 0) - target.account.n_rescued
+                    batch = self._unfinished.judged(batch, n_twice + max(n_sound, 0))
                 kept = target.add(batch, limit, f"{self.root / stream.file}")
                 if kept is not None and target.site is None and target.name == "tokens":
                     self._unfinished.see(kept, target.account)
@@ -259,7 +269,7 @@ class _Rescue:
             )
         if target.site is None and target.name == "steps":
             self._unfinished.last_step = target.last
-        elif target.site is not None and target.site.row_space == "tokens" and target.account.n_rescued:
+        elif target.site is not None and target.site.row_space == "tokens":
             self._unfinished.see_site(target.name, target.last)
 
     def _missing(self, entry: SiteEntry | TableEntry | None, streams: list[Stream]) -> Iterator[str]:

@@ -7,18 +7,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from strapfmt.report import SiteRepair
 
 __all__ = ["UnfinishedSteps"]
 
+_RESCUED = "rescued after a crash"
 _COLUMNS = ["step", "row", "batch_index", "phase"]
 
 
 class UnfinishedSteps:
     """Tokens of one rank that lie beyond its last commit and beyond its last complete step.
 
-    A step is complete if it has a row in `steps` and its activations are there.
+    A step is complete if it has a row in `steps` and its activations are there: none of its tokens come after the last
+    activation of any site. (Of a site that had none of them to give, that cannot be told: such a step counts as cut.)
 
     Attributes
     ----------
@@ -30,13 +33,37 @@ class UnfinishedSteps:
 
     def __init__(self) -> None:
         self.last_step, self.n_tokens = -1, 0
-        self._site, self._last_row, self._n_without = "", -1, 0
+        self._site, self._last_row, self._n_without, self._n_cut = "", -1, 0, 0
         self._without_step: list[pa.RecordBatch] = []
 
     def see_site(self, name: str, last_row: int) -> None:
         """Take note of a site's last row; the site that ends first counts."""
         if not self._site or last_row < self._last_row:
             self._site, self._last_row = name, last_row
+
+    def judged(self, steps: pa.RecordBatch, n_sound: int) -> pa.RecordBatch:
+        """Return rows of `steps` in which those whose activations are not there have the status "abandoned".
+
+        Parameters
+        ----------
+        steps : RecordBatch
+        n_sound : int
+            So many of them, the first, were committed, or are there twice.
+        """
+        if not self._site:
+            return steps
+        last_row = steps["first_row"].to_numpy() + steps["n_rows"].to_numpy() - 1
+        is_cut = (steps["n_rows"].to_numpy() > 0) & (last_row > self._last_row)
+        is_cut &= np.array([status == "complete" for status in steps["status"].to_pylist()], bool)
+        is_cut[:n_sound] = False
+        if not is_cut.any():
+            return steps
+        self._n_cut += int(np.count_nonzero(is_cut))
+        columns = dict(zip(steps.schema.names, steps.columns, strict=True))
+        for name, value in (("status", "abandoned"), ("reason", _RESCUED)):
+            kind = steps.schema.field(name).type
+            columns[name] = pc.if_else(pa.array(is_cut), pa.scalar(value, kind), columns[name])
+        return pa.RecordBatch.from_arrays(list(columns.values()), schema=steps.schema)
 
     def see(self, tokens: pa.RecordBatch, account: SiteRepair) -> None:
         """Take note of tokens just rescued; all sites and steps have been seen."""
@@ -73,7 +100,7 @@ class UnfinishedSteps:
             "started_ns": [0] * n,
             "duration_s": [0.0] * n,
             "status": ["abandoned"] * n,
-            "reason": ["rescued after a crash"] * n,
+            "reason": [_RESCUED] * n,
         }
 
     def note(self, n_added: int) -> str:
@@ -90,5 +117,6 @@ class UnfinishedSteps:
             added = f" ({n_added:,} added to it, status 'abandoned')" if n_added else ""
             parts.append(f"{n_stepless:,} are of steps without a row in `steps`{added}")
         if self._n_without:
-            parts.append(f"{self._n_without:,} come after the last activation of {self._site!r}")
+            cut = f" ({self._n_cut:,} step(s) have the status 'abandoned' for that)" if self._n_cut else ""
+            parts.append(f"{self._n_without:,} come after the last activation of {self._site!r}{cut}")
         return f"{self.n_tokens:,} rescued token(s) lie beyond the last complete step: {'; '.join(parts)}"

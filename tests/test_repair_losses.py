@@ -20,6 +20,7 @@ from strapfmt.reader import Reader
 from strapfmt.repair import repair
 from strapfmt.report import RepairReport, SiteRepair
 from strapfmt.schema import SiteSpec
+from strapfmt.site_writer import SiteWriter
 from strapfmt.verify import verify
 from strapfmt.writer import DatasetWriter
 
@@ -392,6 +393,39 @@ def test_tokens_of_a_step_that_a_crash_cut_are_counted_and_join_to_an_abandoned_
     last = steps[-1]
     assert (last["n_sequences"], last["n_query"], last["n_rows"]) == (2, 16, 32)
     assert (last["first_row"], last["reason"]) == (n_committed, "rescued after a crash")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("n_before", [0, 3])
+def test_steps_whose_activations_a_crash_in_a_commit_has_cut_are_abandoned(
+    path: Path, out: Path, n_before: int
+) -> None:
+    """Tables are written before sites: a process that dies in between leaves steps that look complete."""
+    pid = os.fork()
+    if not pid:
+        writer, script = DatasetWriter(path, commit_interval_s=1e9), Script()
+        script.declare(writer)
+        for step in range(n_before):
+            script.write(writer, step)
+        writer.commit()
+        for step in range(n_before, 5):
+            script.write(writer, step)
+        SiteWriter.commit = lambda *_: (writer._io.wait(), os._exit(0))  # type: ignore[assignment, return-value]
+        writer.commit()
+        os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+    report = repair(path, out)
+    assert verify(out).problems == ()
+    with Reader(out) as reader:
+        steps = reader.steps.to_arrow(["step", "status", "reason"]).to_pylist()
+        stored = set(reader[TOKENS_SITE.name].rows.tolist()) if TOKENS_SITE.name in reader else set()
+        tokens = reader.tokens.to_arrow(["row", "step"]).to_pylist()
+    assert len(steps) == 5
+    whole = {step["step"] for step in steps if step["status"] == "complete"}
+    assert len(whole) == n_before
+    assert {token["row"] for token in tokens if token["step"] in whole} <= stored
+    assert {step["reason"] for step in steps[n_before:]} == {"rescued after a crash"}
+    assert f"({5 - n_before} step(s) have the status 'abandoned' for that)" in report.notes[-1]
 
 
 def test_a_lost_table_of_steps_is_damage_and_not_a_crash(path: Path, out: Path) -> None:

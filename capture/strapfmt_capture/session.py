@@ -130,7 +130,10 @@ class Capture:
             return
         why = "the capture was still open when the program ended, and is closed now; enter it by a with statement"
         sys.stderr.write(f"strapfmt: {shown_path(self.path)}: {why}\n")
-        self.__exit__(None, None, None)
+        try:
+            self.__exit__(None, None, None)
+        except CaptureError as problem:
+            sys.stderr.write(f"strapfmt: {problem}\n")
 
     def _add_gradients(self) -> None:
         if self._options.stop_at_layer is not None:
