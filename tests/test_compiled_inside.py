@@ -77,7 +77,11 @@ def assert_same_bits(found: dict[str, torch.Tensor], wanted: dict[str, torch.Ten
 @pytest.mark.parametrize(
     ("family", "sites", "options", "overrides", "backend"),
     [
-        pytest.param(*case, backend, marks=pytest.mark.slow if number and backend == "aot_eager" else ())
+        pytest.param(
+            *case,
+            backend,
+            marks=pytest.mark.slow if number in (2, 4) or (number and backend == "aot_eager") else (),
+        )
         for number, case in enumerate(INSIDE)
         for backend in ("eager", "aot_eager")
     ],
