@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compiler import n_breaks, n_graphs
 from models import tiny_model
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
@@ -26,7 +27,10 @@ from strapfmt.reader import Reader
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 N_BLOCKS, WIDTH, N_TOKENS = 2, 8, 50
 SITES = ["blocks.*", "blocks.*.mlp", "blocks.*.mlp:in", "head"]
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("fresh_compiler"),
+]
 # What PyTorch remarks of a float32 model, and of a graph in which our error has struck first.
 IGNORED = pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore:The CUDA Graph is empty")
 
@@ -70,23 +74,6 @@ def by_hand(*inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         found["head"] = model.head(x)
         parts.append(found)
     return {site: torch.cat([part[site] for part in parts]).detach() for site in parts[0]}
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    counters.clear()
-    with torch.no_grad():
-        yield
-    torch.compiler.reset()
-
-
-def n_graphs() -> int:
-    return int(counters["stats"]["unique_graphs"])
-
-
-def n_breaks() -> int:
-    return sum(counters["graph_break"].values())
 
 
 def capture(model: Any, path: Path, sites: Any = SITES, **options: Any) -> Any:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compiler import n_graphs
 from models import tiny_model
-from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
 
@@ -26,20 +26,10 @@ INSIDE: list[tuple[str, list[str], dict[str, Any], dict[str, Any]]] = [
     ("mixtral", EXPERTS, {}, {"experts_implementation": "grouped_mm"}),
     ("mixtral", EXPERTS, {}, {"experts_implementation": "batched_mm"}),
 ]
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    counters.clear()
-    with torch.no_grad():
-        yield
-    torch.compiler.reset()
-
-
-def n_graphs() -> int:
-    return int(counters["stats"]["unique_graphs"])
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("fresh_compiler"),
+]
 
 
 def decode(call: Any, cache: Any) -> None:
