@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from strapfmt import spec
@@ -252,14 +251,15 @@ class _Rescue:
             else:
                 sound.append(stream)
         for stream, limit in self._limited(sound, target.key):
-            for batch in stream.batches(target.account.problems):
+            for found in stream.batches(target.account.problems):
+                batch = target.fresh(found, limit, f"{self.root / stream.file}")
+                if batch is None:
+                    continue
                 if target.site is None and target.name == "steps" and not self._is_clean:
-                    n_twice = int(np.count_nonzero(batch["step"].to_numpy() <= target.last))
-                    n_sound = (target.account.n_committed or 0) - target.account.n_rescued
-                    batch = self._unfinished.judged(batch, n_twice + max(n_sound, 0))
-                kept = target.add(batch, limit, f"{self.root / stream.file}")
-                if kept is not None and target.site is None and target.name == "tokens":
-                    self._unfinished.see(kept, target.account)
+                    batch = self._unfinished.judged(batch, target.account)
+                target.write(batch)
+                if target.site is None and target.name == "tokens":
+                    self._unfinished.see(batch, target.account)
             self._read(len(stream.memory))
         account = target.account
         if account.n_rescued < (account.n_committed or 0) and not account.problems:

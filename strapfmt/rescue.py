@@ -85,8 +85,8 @@ class RescueTarget:
             return f"it belongs to rank {first >> spec.RANK_SHIFT}, not to rank {self._writer.rank}"
         return ""
 
-    def add(self, batch: pa.RecordBatch, limit: int, place: str) -> pa.RecordBatch | None:
-        """Write the rows of `batch` that come after all before and lie below `limit`; return them."""
+    def fresh(self, batch: pa.RecordBatch, limit: int, place: str) -> pa.RecordBatch | None:
+        """Return the rows of `batch` that come after all before and lie below `limit`, None if there are none."""
         ids = batch.column(self.key.column).to_numpy()
         if self.key.is_rising and (
             np.any(ids[1:] <= ids[:-1]) or ids[0] < 0 or ids[-1] >> spec.RANK_SHIFT != self._writer.rank
@@ -100,14 +100,16 @@ class RescueTarget:
             keep &= self._are_new(ids)
         if not keep.any():
             return None
-        batch = batch if keep.all() else batch.filter(pa.array(keep))
-        self.last = int(ids[keep][-1])
+        return batch if keep.all() else batch.filter(pa.array(keep))
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Write rows that `fresh` has given."""
+        self.last = int(batch.column(self.key.column)[-1].as_py())
         if self.site is None:
             self._writer.write_table(self.name, dict(zip(batch.schema.names, batch.columns, strict=True)))
         else:
             _write_site(self._writer, self.site, batch)
         self.account.n_rescued += batch.num_rows
-        return batch
 
     def _are_new(self, ids: Array) -> npt.NDArray[np.bool_]:
         """Say which ids come for the first time."""

@@ -41,21 +41,21 @@ class UnfinishedSteps:
         if not self._site or last_row < self._last_row:
             self._site, self._last_row = name, last_row
 
-    def judged(self, steps: pa.RecordBatch, n_sound: int) -> pa.RecordBatch:
+    def judged(self, steps: pa.RecordBatch, account: SiteRepair) -> pa.RecordBatch:
         """Return rows of `steps` in which those whose activations are not there have the status "abandoned".
 
         Parameters
         ----------
         steps : RecordBatch
-        n_sound : int
-            So many of them, the first, were committed, or are there twice.
+        account : SiteRepair
+            Of the table before these; what was committed stays as it is.
         """
         if not self._site:
             return steps
         last_row = steps["first_row"].to_numpy() + steps["n_rows"].to_numpy() - 1
         is_cut = (steps["n_rows"].to_numpy() > 0) & (last_row > self._last_row)
         is_cut &= np.array([status == "complete" for status in steps["status"].to_pylist()], bool)
-        is_cut[:n_sound] = False
+        is_cut[: max((account.n_committed or 0) - account.n_rescued, 0)] = False
         if not is_cut.any():
             return steps
         self._n_cut += int(np.count_nonzero(is_cut))
