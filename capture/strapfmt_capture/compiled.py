@@ -228,28 +228,25 @@ class _HookGuards:
         """Set it for one more."""
         with self._lock:
             self._users.add(user)
+            place, name = self._place(config)
             if self._before is None:
-                self._before = self._exchange(config, None)
-            self._exchange(config, False)
+                self._before = getattr(place, name)
+            setattr(place, name, False)
 
     def release(self, config: Any, user: object) -> None:
         """Put it back, if nobody else needs it."""
         with self._lock:
             self._users.discard(user)
             if not self._users and self._before is not None:
-                self._exchange(config, self._before)
+                place, name = self._place(config)
+                setattr(place, name, self._before)
                 self._before = None
 
     @staticmethod
-    def _exchange(config: Any, value: bool | None) -> bool:
-        """Return what it is, and set it to a value unless that is None."""
+    def _place(config: Any) -> tuple[Any, str]:
+        """Return what holds the setting, and its name there; before PyTorch 2.6, settings are those of the process."""
         entry = config._config[_HOOK_GUARDS]
-        # Before PyTorch 2.6, settings are those of the process.
-        place, name = (entry, "default") if hasattr(entry, "default") else (config, _HOOK_GUARDS)
-        before: bool = getattr(place, name)
-        if value is not None:
-            setattr(place, name, value)
-        return before
+        return (entry, "default") if hasattr(entry, "default") else (config, _HOOK_GUARDS)
 
 
 _hook_guards = _HookGuards()

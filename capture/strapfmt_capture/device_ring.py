@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from strapfmt_capture.ring import Ring, Slot
+from strapfmt_capture.ring import RECHECK_S, Ring, Slot
 
 __all__ = ["GPU_RING_BYTES", "CudaStreams", "DeviceRing", "Entry", "HostStreams", "Streams", "streams_of"]
 
@@ -23,7 +23,6 @@ GPU_RING_BYTES = 256 << 20
 # A mark is recorded behind so many bytes, besides at the end of every step. Larger transfers gain nothing, and
 # hold up the model's own.
 _MARK_BYTES = 8 << 20
-_RECHECK_S = 1.0
 
 Item = TypeVar("Item")
 
@@ -208,7 +207,7 @@ class DeviceRing(Ring[Entry[Item]]):
     def wait_until_empty(self) -> None:
         """Return when all that was marked has been moved, or nobody moves it any more."""
         while self.n_used and not self.is_aborted:
-            self._space.wait(_RECHECK_S)
+            self._space.wait(RECHECK_S)
 
     def take_now(self) -> list[Entry[Item]]:
         """Take whatever there is, without waiting."""

@@ -20,14 +20,13 @@ import torch
 from strapfmt_capture.device_ring import DeviceRing, Entry
 from strapfmt_capture.failures import stopped
 from strapfmt_capture.items import Item
-from strapfmt_capture.ring import Ring, Signal, Slot
+from strapfmt_capture.ring import RECHECK_S, Ring, Signal, Slot
 from strapfmt_capture.turn import Values
 
 __all__ = ["Mover"]
 
 # Moved at a time: large enough that the pause between two moves does not count.
 _RUN_BYTES = 32 << 20
-_RECHECK_S = 1.0
 _PATIENCE_S = 2.0
 
 
@@ -164,7 +163,7 @@ class Mover:
 
     def _wait_for_work(self) -> None:
         if not self._is_marked:
-            self._work.wait(_RECHECK_S)  # a mark that an interrupt has kept from being told is found then
+            self._work.wait(RECHECK_S)  # a mark that an interrupt has kept from being told is found then
         until = time.monotonic() + self._host.linger_s
         while self._is_marked and not (self._is_pressed or self._is_closed):
             if (left := until - time.monotonic()) <= 0:

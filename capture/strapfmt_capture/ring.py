@@ -22,7 +22,7 @@ from strapfmt.errors import ArgumentError
 from strapfmt.spec import ALIGNMENT_BYTES
 from strapfmt_capture.memory import Memory, aligned
 
-__all__ = ["LINGER_S", "RING_BYTES", "Ring", "Signal", "Slot"]
+__all__ = ["LINGER_S", "RECHECK_S", "RING_BYTES", "Ring", "Signal", "Slot"]
 
 RING_BYTES = 256 << 20
 # The consumer is woken for this share of the ring, or for whatever there is after so long: each turn it takes costs
@@ -32,7 +32,7 @@ _WORTHWHILE_SHARE = 1 / 8
 _WORTHWHILE_BYTES = 8 << 20
 LINGER_S = 1.0
 # A wake-up that an interrupt has swallowed is made good after so long.
-_RECHECK_S = 1.0
+RECHECK_S = 1.0
 
 Item = TypeVar("Item")
 
@@ -260,14 +260,14 @@ class Ring(Generic[Item]):
         try:
             while (slot := self._place(needed)) is None and not self._is_aborted:
                 self.press()
-                self._space.wait(_RECHECK_S)
+                self._space.wait(RECHECK_S)
             return slot
         finally:
             self.stall_s += time.monotonic() - started
 
     def _wait_for_items(self) -> None:
         while not self._items and not self._is_closed:
-            self._work.wait(_RECHECK_S)
+            self._work.wait(RECHECK_S)
         until = time.monotonic() + self.linger_s
         while not self._is_worthwhile() and (left := until - time.monotonic()) > 0:
             self._work.wait(left)
